@@ -1,0 +1,36 @@
+"""Where Armillary keeps its state: ``$ARMILLARY_HOME``, or ``.armillary`` in the working directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def home() -> Path:
+    """The absolute state folder; it is not created here."""
+    return Path(os.environ.get("ARMILLARY_HOME") or ".armillary").expanduser().absolute()
+
+
+def runs_dir() -> Path:
+    """One folder per run."""
+    return home() / "runs"
+
+
+def datasets_dir() -> Path:
+    """One folder per dataset."""
+    return home() / "datasets"
+
+
+def tracking_uri() -> str:
+    """The default MLflow store."""
+    return f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def resource(folder: str, name: str) -> Path | None:
+    """A job or search space that ships with Armillary, in a checkout or in a wheel; ``None`` when there is none."""
+    package = Path(__file__).resolve().parents[1]
+    for root in (package / "resources", package.parents[1]):
+        path = root / folder / name
+        if path.is_file():
+            return path
+    return None
