@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -76,8 +77,8 @@ class Batch:
 class Output:
     """What one forward pass returns.
 
-    ``loss`` is a scalar whose mean over workers is the loss of the global batch; ``metrics`` are detached scalars, logged
-    as their mean over steps and workers.
+    ``loss`` is a scalar whose mean over workers is the loss of the global batch; ``metrics`` are detached scalars,
+    logged as their mean over steps and workers.
     """
 
     loss: Tensor
@@ -109,6 +110,7 @@ class Objective(nn.Module):
     """A trainable recipe. Subclasses state the class attributes, ``build`` their modules, and define ``forward``.
 
     The module holds the whole training graph, encoder included, so that an engine wraps exactly one thing.
+    ``waivers`` names checks of the conformance suite that cannot hold for the method, with the reason.
     """
 
     name: ClassVar[str]
@@ -116,6 +118,7 @@ class Objective(nn.Module):
     catalog_id: ClassVar[str | None] = None
     citation: ClassVar[Citation]
     needs: ClassVar[Needs] = Needs()
+    waivers: ClassVar[Mapping[str, str]] = {}
     Hyperparameters: ClassVar[type[Hyperparameters]] = Hyperparameters
 
     def __init__(self, hyperparameters: BaseModel, context: BuildContext) -> None:

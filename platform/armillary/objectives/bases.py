@@ -1,0 +1,66 @@
+"""Objectives of a kind: what the class-head ones share, and those that project views."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from armillary.components.heads import Projector
+from armillary.losses import ClassHeadLoss
+from armillary.objectives.base import Batch, BuildContext, Needs, Objective, Output
+
+
+class ClassHeadObjective(Objective):
+    """One view, one label: the loss owns a row per training class.
+
+    A subclass states ``name``, ``citation``, ``loss_class`` and ``Hyperparameters``, whose fields are arguments of the
+    loss. Batch fields that it needs beside the label reach the loss's rules by name.
+    """
+
+    family = "margin_softmax"
+    needs = Needs(recipe="faces", fields=("label",), components=("class_head",))
+    loss_class: ClassVar[type[ClassHeadLoss]]
+
+    def build(self, context: BuildContext) -> None:
+        """Makes the loss with its head."""
+        options = self.hyperparameters.model_dump()
+        self.loss = self.loss_class(context.num_classes, context.embedding_dim, **options)
+
+    def forward(self, batch: Batch) -> Output:
+        """The loss of the first view's embeddings."""
+        metrics: dict[str, Tensor] = {}
+        info = {name: batch.fields[name] for name in self.needs.fields if name != "label"}
+        loss = self.loss(self.encoder(batch.views[0]), batch.label, metrics=metrics, **info)
+        return Output(loss, metrics)
+
+
+class ProjectedViewsObjective(Objective):
+    """Several views through one encoder and one projector; the projector is dropped for evaluation.
+
+    ``Hyperparameters`` of a subclass carry ``projection_dim``, ``projection_hidden`` and ``projection_layers``.
+    """
+
+    needs = Needs(views=2, recipe="simclr", components=("projector",), batch_coupled=True)
+    projector_norm: ClassVar[bool] = True
+
+    def build(self, context: BuildContext) -> None:
+        """Makes the projector."""
+        options = self.hyperparameters
+        self.projector = Projector(
+            context.embedding_dim,
+            options.projection_hidden,
+            options.projection_dim,
+            options.projection_layers,
+            norm=self.projector_norm,
+            last_norm=self.projector_norm,
+        )
+
+    def project(self, views: tuple[Tensor, ...]) -> Tensor:
+        """Projections ``(views * batch, projection_dim)``, view by view.
+
+        All views pass in one batch, so that batch norm sees them together, as the published codes do.
+        """
+        projections: Tensor = self.projector(self.encoder(torch.cat(views)))
+        return projections
