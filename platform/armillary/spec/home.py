@@ -34,3 +34,10 @@ def resource(folder: str, name: str) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def resources(folder: str) -> list[str]:
+    """The names, relative to ``folder``, of all job or search-space files that ship with Armillary."""
+    package = Path(__file__).resolve().parents[1]
+    roots = (package / "resources" / folder, package.parents[1] / folder)
+    return sorted({str(path.relative_to(root)) for root in roots for path in root.rglob("*.yaml")})

@@ -8,28 +8,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from armillary.spec.section import OpenSection, Section
+
+__all__ = [
+    "BackboneSpec",
+    "ClusterSpec",
+    "DataSpec",
+    "EvaluateJob",
+    "EvaluateSpec",
+    "GateMetric",
+    "Job",
+    "Kinds",
+    "ObjectiveSpec",
+    "OpenSection",
+    "OptimizerSpec",
+    "RegressionEntry",
+    "RegressionJob",
+    "Scalar",
+    "Section",
+    "StudyJob",
+    "StudyVariant",
+    "SweepJob",
+    "TrackingSpec",
+    "TrainJob",
+    "TrainSpec",
+    "ViewsSpec",
+]
 
 Scalar = bool | int | float | str | None
-
-
-class Section(BaseModel):
-    """A part of a job: immutable, and every key must exist."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class OpenSection(BaseModel):
-    """A part named by ``name`` whose other keys belong to the thing named, which validates them itself."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keys beside ``name``."""
-        return dict(self.__pydantic_extra__ or {})
 
 
 class DataSpec(Section):
@@ -43,7 +51,7 @@ class DataSpec(Section):
     fold: int = Field(0, ge=0, description="which of the dataset's folds is held out")
     holdout: Literal["test", "validation"] = Field(
         "test",
-        description="what the run is evaluated on: the fold's test part, or a part of its training classes (for tuning)",
+        description="evaluated on: the fold's test part, or a part of its training classes (for tuning)",
     )
     image_size: tuple[int, int] | None = Field(
         None, description="height and width in pixels; null keeps the stored size"
@@ -174,8 +182,8 @@ class StudyJob(Section):
     question: str = ""
     base: TrainJob = Field(description="a train job, or the path of one relative to this file")
     variants: tuple[StudyVariant, ...] = Field(min_length=1)
-    folds: tuple[int, ...] = (0,)
-    seeds: tuple[int, ...] = (0, 1)
+    folds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     concurrent: int = Field(2, ge=1)
     compare: tuple[str, str] | None = Field(None, description="two variants whose paired difference the report states")
 
