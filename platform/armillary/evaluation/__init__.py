@@ -1,1 +1,1 @@
-"""evaluation."""
+"""Judging embeddings: extraction, protocols, figures and report pages."""

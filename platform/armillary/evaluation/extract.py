@@ -1,0 +1,66 @@
+"""From images to embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+def extract(
+    encoder: nn.Module,
+    images: Tensor,
+    *,
+    batch_size: int = 256,
+    flip: bool = False,
+    device: str | torch.device = "cpu",
+    precision: Literal["float32", "bf16"] = "float32",
+) -> Tensor:
+    """Embeds images with the encoder in evaluation mode and without gradients.
+
+    Args:
+        encoder: maps ``(batch, C, H, W)`` in [0, 1] to ``(batch, D)``; it must be on ``device``. Each of its modules
+            leaves in the mode (training or evaluation) it came in.
+        images: uint8 ``(N, C, H, W)``, N >= 1, on any device.
+        batch_size: images at a time.
+        flip: gives the mean of the embedding and that of the mirrored image.
+        device: where the encoder computes.
+        precision: ``bf16`` runs the encoder under autocast.
+
+    Returns:
+        ``(N, D)`` float32 on the CPU, not normalised.
+
+    Raises:
+        ValueError: the images are not uint8 ``(N, C, H, W)``, or there is none.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
+        raise ValueError(f"images must be uint8 (N, C, H, W) with N >= 1, found {images.dtype} {tuple(images.shape)}")
+    device = torch.device(device)
+    parts = []
+    with (
+        _evaluating(encoder),
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size].to(device).float() / 255.0
+            embedding = encoder(batch).float()
+            if flip:
+                embedding = (embedding + encoder(batch.flip(-1)).float()) / 2
+            parts.append(embedding.cpu())
+    return torch.cat(parts)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for all submodules; afterwards each is as it was, e.g. a frozen batch norm stays frozen."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode

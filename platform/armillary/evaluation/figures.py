@@ -1,0 +1,198 @@
+"""Curves of several variants over several runs, as plotly figures for pages and as PNG files for artifacts.
+
+PNGs are drawn with matplotlib: plotly's own image export needs a browser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from armillary.evaluation.result import Floats
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+# Okabe and Ito's palette without yellow and black: told apart under all common colour blindness, on light and dark.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")
+DASHES = ("solid", "dash", "dot", "dashdot")
+_MATPLOTLIB_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+_POINTS = 200
+LOWEST_FAR = 1e-6
+
+RocCurves = Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]]
+
+
+@dataclass(frozen=True)
+class Band:
+    """The mean curve of a variant, with the lowest and the highest of its runs at each place."""
+
+    name: str
+    x: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+    runs: int
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the axes say."""
+
+    title: str
+    x: str
+    y: str
+    log_x: bool
+
+
+def roc_bands(curves: RocCurves) -> list[Band]:
+    """Reads every run's curve off at common false accept rates: at each, the best TAR whose FAR is not above it.
+
+    Args:
+        curves: by variant, one ``(far, tar)`` a run, both ascending.
+
+    Raises:
+        ValueError: there is no curve.
+    """
+    arrays = {
+        name: [(np.asarray(far, float), np.asarray(tar, float)) for far, tar in runs] for name, runs in curves.items()
+    }
+    smallest = [far[far > 0].min() for runs in arrays.values() for far, _ in runs if (far > 0).any()]
+    if not smallest:
+        raise ValueError("there is no ROC curve to draw")
+    # Below one false accept a curve has nothing to say; the coarsest run sets where the common part begins.
+    grid = np.geomspace(max(LOWEST_FAR, max(smallest)), 1.0, _POINTS)
+    return [
+        _band(name, grid, [_read_off(far, tar, grid) for far, tar in runs]) for name, runs in arrays.items() if runs
+    ]
+
+
+def cmc_bands(curves: Mapping[str, Sequence[ArrayLike]]) -> list[Band]:
+    """CMC curves up to the rank that all runs of all variants reach.
+
+    Raises:
+        ValueError: there is no curve.
+    """
+    arrays = {name: [np.asarray(run, float) for run in runs] for name, runs in curves.items() if runs}
+    if not arrays:
+        raise ValueError("there is no CMC curve to draw")
+    deepest = min(len(run) for runs in arrays.values() for run in runs)
+    ranks = np.arange(1.0, deepest + 1)
+    return [_band(name, ranks, [run[:deepest] for run in runs]) for name, runs in arrays.items()]
+
+
+def _read_off(far: Floats, tar: Floats, grid: Floats) -> Floats:
+    # Rates are quotients of counts: a hair of tolerance keeps 1/30 at 1/30.
+    at = np.searchsorted(far, grid * (1 + 1e-12), side="right") - 1
+    return np.where(at >= 0, tar[np.maximum(at, 0)], 0.0)
+
+
+def _band(name: str, x: Floats, runs: Sequence[Floats]) -> Band:
+    stack = np.stack(list(runs))
+    return Band(name, x, stack.mean(axis=0), stack.min(axis=0), stack.max(axis=0), len(stack))
+
+
+def roc_figure(curves: RocCurves, *, title: str = "Verification ROC") -> Figure:
+    """The ROC curves of several variants: the mean over runs, with a band from the lowest to the highest run.
+
+    Args:
+        curves: by variant, one ``(far, tar)`` a run, both ascending (``roc_far`` and ``roc_tar`` of verification).
+        title: above the figure.
+    """
+    return _figure(roc_bands(curves), _roc_axes(title))
+
+
+def cmc_figure(curves: Mapping[str, Sequence[ArrayLike]], *, title: str = "Identification CMC") -> Figure:
+    """The CMC curves of several variants, like :func:`roc_figure`; ``curves`` holds ``cmc`` of identification."""
+    return _figure(cmc_bands(curves), _cmc_axes(title))
+
+
+def save_roc_png(curves: RocCurves, path: Path, *, title: str = "Verification ROC") -> None:
+    """Writes the picture of :func:`roc_figure` as PNG."""
+    _save_png(roc_bands(curves), _roc_axes(title), path)
+
+
+def save_cmc_png(curves: Mapping[str, Sequence[ArrayLike]], path: Path, *, title: str = "Identification CMC") -> None:
+    """Writes the picture of :func:`cmc_figure` as PNG."""
+    _save_png(cmc_bands(curves), _cmc_axes(title), path)
+
+
+def _roc_axes(title: str) -> Axes:
+    return Axes(title, "false accept rate", "true accept rate", log_x=True)
+
+
+def _cmc_axes(title: str) -> Axes:
+    return Axes(title, "rank", "share of queries found", log_x=False)
+
+
+def _style(index: int) -> tuple[str, str]:
+    return COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
+
+
+def _legend(band: Band) -> str:
+    return band.name if band.runs == 1 else f"{band.name} ({band.runs} runs)"
+
+
+def _figure(bands: Sequence[Band], axes: Axes) -> Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for index, band in enumerate(bands):
+        color, dash = _style(index)
+        if band.runs > 1:
+            edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+            red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+            fill = {"fill": "tonexty", "fillcolor": f"rgba({red},{green},{blue},0.18)"}
+            figure.add_scatter(x=band.x, y=band.high, legendgroup=band.name, **edge)
+            figure.add_scatter(x=band.x, y=band.low, legendgroup=band.name, **edge, **fill)
+        figure.add_scatter(
+            x=band.x,
+            y=band.mean,
+            name=_legend(band),
+            legendgroup=band.name,
+            mode="lines",
+            line={"color": color, "dash": dash, "width": 2.5},
+            hovertemplate="%{y:.4f} at %{x:.3g}",
+        )
+    figure.update_layout(
+        title={"text": axes.title},
+        template="none",
+        hovermode="x unified",
+        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "xanchor": "left", "x": 0},
+        margin={"l": 64, "r": 16, "t": 48, "b": 48},
+        height=480,
+    )
+    grid = {"showgrid": True, "zeroline": False, "gridcolor": "rgba(128,128,128,0.25)", "automargin": True}
+    figure.update_xaxes(title=axes.x, **grid)
+    if axes.log_x:
+        figure.update_xaxes(type="log", exponentformat="power", dtick=1)
+    lowest = min(float(band.low.min()) for band in bands)
+    figure.update_yaxes(title=axes.y, range=[max(0.0, lowest - 0.03), 1.01], **grid)
+    return figure
+
+
+def _save_png(bands: Sequence[Band], axes: Axes, path: Path) -> None:
+    # The object interface: pyplot would keep figures alive and look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawing)
+    plot = drawing.add_subplot()
+    for index, band in enumerate(bands):
+        color, dash = _style(index)
+        plot.plot(band.x, band.mean, color=color, linestyle=_MATPLOTLIB_DASHES[dash], linewidth=2, label=_legend(band))
+        if band.runs > 1:
+            plot.fill_between(band.x, band.low, band.high, color=color, alpha=0.18, linewidth=0)
+    if axes.log_x:
+        plot.set_xscale("log")
+    plot.set(title=axes.title, xlabel=axes.x, ylabel=axes.y)
+    plot.set_ylim(max(0.0, min(float(band.low.min()) for band in bands) - 0.03), 1.01)
+    plot.grid(visible=True, alpha=0.3)
+    plot.legend(loc="lower right", frameon=False)
+    drawing.savefig(path)

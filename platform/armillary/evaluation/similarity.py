@@ -1,0 +1,34 @@
+"""Cosine similarity, the one score all protocols compare, and the grid on which two scores count as equal."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from armillary.evaluation.result import Floats
+
+# Scores are kept as whole numbers of 2**-40, in float64. Copies of one image, or a collapsed encoder, give scores that
+# are equal in mathematics and differ in the last bits of a matrix product, by how it was blocked; on the grid they tie.
+GRID = 2.0**40
+
+# Elements of a score block: 32 MB in float64, small enough that a handful of temporaries stays well under a gigabyte.
+BLOCK_ELEMENTS = 1 << 22
+
+
+def normalize(embeddings: Floats) -> Floats:
+    """Rows divided by their L2 norm, ``(n, d)``; a zero row stays zero, and so has similarity 0 with everything."""
+    # Dividing by the largest magnitude first keeps the squares from overflowing or vanishing.
+    largest = np.abs(embeddings).max(axis=1, keepdims=True)
+    scaled = embeddings / np.where(largest > 0, largest, 1.0)
+    norms = np.linalg.norm(scaled, axis=1, keepdims=True)
+    return np.asarray(scaled / np.where(norms > 0, norms, 1.0))
+
+
+def grid_scores(rows: Floats, columns: Floats) -> Floats:
+    """Cosine similarities of normalised ``rows (r, d)`` and ``columns (c, d)`` in units of ``1 / GRID``, ``(r, c)``."""
+    scores = (rows * GRID) @ columns.T
+    return np.rint(scores, out=scores)
+
+
+def block_rows(columns: int, elements: int | None = None) -> int:
+    """How many rows of ``columns`` scores fit a block; at least one."""
+    return max(1, (elements or BLOCK_ELEMENTS) // max(1, columns))
