@@ -86,7 +86,7 @@ def prepare(spec: DataSpec, *, seed: int) -> PreparedData:
         seed: the run's seed; decides only which labels ``label_noise`` changes.
 
     Raises:
-        UserError: no such dataset or fold, too few classes for the split, or images of several sizes and no ``image_size``.
+        UserError: no such dataset or fold, too few classes, or images of several sizes without ``image_size``.
     """
     dataset = ensure_dataset(spec.name)
     check_fold(dataset, spec)

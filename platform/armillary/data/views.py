@@ -30,8 +30,8 @@ class Recipe:
     Ranges are per sample and uniform: ``rotation`` +-degrees; ``zoom`` and ``shift`` +-share of the scale and of the
     side; ``crop_scale`` share of the area that a random resized crop keeps, ``crop_ratio`` its width over height
     relative to the image's (log-uniform; a side that would exceed the image is cut); ``brightness``, ``contrast``,
-    ``saturation`` factors in [1 - x, 1 + x]; ``hue`` +-share of the colour circle. ``flip``, ``jitter_p`` and ``gray_p`` are
-    probabilities, ``noise`` the standard deviation of uniform pixel noise (images are in [0, 1]).
+    ``saturation`` factors in [1 - x, 1 + x]; ``hue`` +-share of the colour circle. ``flip``, ``jitter_p`` and
+    ``gray_p`` are probabilities, ``noise`` the standard deviation of uniform pixel noise (images are in [0, 1]).
     Single-channel images have no saturation, hue and graying.
     """
 
