@@ -7,6 +7,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
+# Tests that share a cluster carry the same xdist_group, so that one worker starts it once.
+PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup
 CODE := platform tests
 
 SHELL := /bin/bash
@@ -30,10 +32,10 @@ demo: install  ## Sweep, train, evaluate and rank on real faces, in a few minute
 	$(BIN)/armillary demo
 
 test: install-test lint types imports  ## Lint, types, import rules and every test
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	$(PYTEST)
 
 test-fast: install-test  ## The tests that take no cluster and no long training
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: install-test  ## Ruff's rules and its formatting, nothing changed
 	$(BIN)/ruff check $(CODE)
