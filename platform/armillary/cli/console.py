@@ -39,6 +39,7 @@ def table(
         title: printed above.
     """
     result = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    result.show_header = any(column if isinstance(column, str) else column[0] for column in columns)
     for column in columns:
         heading, justify = column if isinstance(column, tuple) else (column, LEFT)
         result.add_column(heading, justify=justify, overflow="fold")
@@ -49,7 +50,8 @@ def table(
 
 def print_table(value: Table) -> None:
     """Prints a table on standard output: as wide as the terminal, or uncut into a pipe or file."""
-    out.print(value, width=None if out.is_terminal else _PIPE_WIDTH)
+    console = out if out.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+    console.print(value)
 
 
 def print_error(error: UserError) -> None:

@@ -60,7 +60,8 @@ _Dumper.add_representer(list, _represent_list)
 
 def dump(value: Any) -> str:
     """Writes plain values as YAML, keys in the order given, short lists on one line."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    # Escaped beyond ASCII: PyYAML writes some line separators bare and then reads them as spaces.
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=110)
 
 
 class Document:
@@ -103,8 +104,10 @@ class Document:
             UserError: a key on the way holds a plain value, or a list has no such item.
         """
         node = self.values
-        for depth, key in enumerate(path[:-1]):
-            node = _child(node, key, path[: depth + 1], place)
+        for depth, key in enumerate(path[:-1], start=1):
+            if isinstance(node, dict) and key not in node:
+                self.places[path[:depth]] = place
+            node = _child(node, key, path[:depth], place)
         last = path[-1]
         if isinstance(node, list):
             _child(node, last, path, place)
@@ -219,6 +222,8 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, source: str) -> UserEr
     # An unclosed bracket is noticed at the end of the file; the line that opened it says more than an empty one.
     marks.sort(key=lambda mark: mark.line >= len(lines) or not lines[mark.line].strip())
     line = marks[0].line if marks else 0
+    while line > 0 and not "".join(lines[line : line + 1]).strip():
+        line -= 1
     offending = lines[line].rstrip() if line < len(lines) else ""
     problem = ", ".join(part for part in (error.context, error.problem) if part)
     hint = "indent with spaces, not tabs" if "\t" in offending else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from armillary.spec.environment import FromEnvironment
@@ -35,13 +36,13 @@ def find(
     places = [*([near / given] if near else []), given]
     places += [Path(folder) / candidate for candidate in candidates]
     for place in places:
-        if _is_file(place):
+        if os.path.isfile(place):  # noqa: PTH113
             return place
     for candidate in candidates:
         shipped = None if Path(candidate).is_absolute() else resource(folder, candidate)
         if shipped is not None:
             return shipped
-    if given.is_dir():
+    if os.path.isdir(given):  # noqa: PTH112 - answers False where pathlib raises, e.g. for a name that is too long
         return given
     raise UserError(
         f"there is no file {quoted}",
@@ -52,20 +53,12 @@ def find(
     )
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        # A name longer than the file system allows is no file.
-        return False
-
-
 def _suggest(folder: str, name: str, near: Path | None) -> str | None:
     shipped = {path.removesuffix(".yaml"): f"{folder}/{path}" for path in resources(folder)}
     parent = Path(name).expanduser().parent
     known = dict(shipped)
     for place in {near or Path(), parent, (near or Path()) / parent}:
-        if place.is_dir():
+        if os.path.isdir(place):  # noqa: PTH112
             known.update({path.stem: str(path) for path in sorted(place.glob("*.y*ml"))})
     close = nearest(Path(name).stem, known)
     return f"did you mean {' or '.join(known[item] for item in close)}?" if close else None

@@ -153,7 +153,12 @@ class SweepJob(Section):
     kind: Literal["sweep"]
     name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
     base: TrainJob = Field(description="a train job, or the path of one relative to this file")
-    space: str | dict[str, Any] = Field(description="a name in search_spaces/, a path, or ranges written here")
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="dotted overrides of the base job; loading applies them and empties this"
+    )
+    space: str | dict[str, Any] = Field(
+        description="a name in search_spaces/, a path, or ranges written here; loading reads the ranges in"
+    )
     metric: str = Field("verification/auc")
     direction: Literal["max", "min"] = "max"
     trials: int = Field(16, ge=1)

@@ -110,8 +110,10 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def _is_reference(key: str) -> bool:
-    """Keys that decide which files are read, and so are overridden before the others."""
-    return key in ("kind", "base", "space") or (key.startswith("jobs.") and key.endswith(".job"))
+    """Keys that decide what is read and what is made of it, and so are overridden before the others."""
+    return (
+        key in ("kind", "base", "space") or key.startswith("set.") or (key.startswith("jobs.") and key.endswith(".job"))
+    )
 
 
 def _assemble(path: Path, changes: Sequence[tuple[str, Any]], chain: tuple[Path, ...], label: str = "") -> Document:
@@ -130,8 +132,9 @@ def _assemble(path: Path, changes: Sequence[tuple[str, Any]], chain: tuple[Path,
         return document
     for slot in _job_slots(document.values):
         _read_in(document, slot, path, (*chain, path.resolve()))
-    if document.values.get("kind") == "sweep" and isinstance(document.values.get("space"), str | dict):
+    if document.values.get("kind") == "sweep":
         _read_space(document, path)
+        _set_in_base(document)
     return document
 
 
@@ -161,10 +164,20 @@ def _read_in(document: Document, slot: KeyPath, owner: Path, chain: tuple[Path, 
 
 
 def _read_space(document: Document, owner: Path) -> None:
-    value = document.values["space"]
+    value = document.values.get("space")
     if isinstance(value, str):
         space = read_space(value, owner.parent, where=document.place(("space",)))
         document.set(("space",), space.values, document.place(("space",)), space)
+
+
+def _set_in_base(document: Document) -> None:
+    """Applies a sweep's ``set`` to its base, so that what runs is what the resolved job shows."""
+    changes = document.values.get("set")
+    if not isinstance(changes, dict) or not isinstance(document.values.get("base"), dict):
+        return
+    del document.values["set"]
+    for key, value in sorted(changes.items(), key=lambda change: not names_a_section(change[0])):
+        set_value(document, ("base", *split_key(key)), value, document.place(("set", key)))
 
 
 def _check_parts(job: Section, document: Document) -> None:
