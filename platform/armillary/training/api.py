@@ -1,25 +1,25 @@
 """The narrow interface through which everything above trains: sweeps, studies, regressions and the command line.
 
-``run_job`` trains one job on a worker group of its own, fault-tolerant and resumable. ``CrewPool`` keeps warm worker
-groups that take one run after another. Both write the same run folders and return the same record.
+:func:`armillary.training.launch.run_job` trains one job on a worker group of its own, fault-tolerant and resumable.
+:class:`armillary.training.crew.CrewPool` keeps warm worker groups that take one run after another. Both write the same
+run folders and end in the same :class:`~armillary.training.rundir.RunRecord`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-# (run_id, step, metrics) -> "continue" or "stop"; called in the driver after every epoch.
-OnReport = Callable[[str, int, Mapping[str, float]], Literal["continue", "stop"]]
+from armillary.spec.jobs import TrainJob
+
+# (run_id, epoch, metrics), called in the driver after every epoch.
+OnReport = Callable[[str, int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A run to be trained: a job and where it belongs."""
+    """A run to be trained: a job, and which sweep, study or regression it is part of."""
 
-    job: object
+    job: TrainJob
     group: str | None = None
     variant: str | None = None
-    run_id: str | None = None
-    tags: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,199 @@
+"""One run on a Ray Train worker group of its own: fault-tolerant, checkpointed, resumable."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from armillary.spec.errors import UserError
+from armillary.spec.jobs import TrainJob
+from armillary.spec.loading import dump_job
+from armillary.training.api import OnReport
+from armillary.training.loop import execute
+from armillary.training.preflight import check_capacity, plan
+from armillary.training.records import create_run
+from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
+from armillary.training.session import ray_session
+
+CHECKPOINTS = "checkpoints"
+_POLL_SECONDS = 0.2
+
+
+class RunFailed(Exception):  # noqa: N818 - reads as a statement where it is caught
+    """A run ended without a result; the message says why and how to go on."""
+
+
+def run_job(
+    job: TrainJob,
+    *,
+    resume: RunDirectory | None = None,
+    group: str | None = None,
+    variant: str | None = None,
+    on_start: Callable[[RunDirectory], None] | None = None,
+    on_report: OnReport | None = None,
+) -> RunRecord:
+    """Trains a job to its end.
+
+    Args:
+        job: what to train.
+        resume: a run to go on with from its last checkpoint; ``None`` starts a new one. The number of workers and the
+            ZeRO stage may differ from when it was started.
+        group: the sweep, study or regression the run belongs to.
+        variant: its row there.
+        on_start: called with the run's folder before training starts.
+        on_report: called after every epoch.
+
+    Raises:
+        UserError: the job cannot run; nothing was started.
+        RunFailed: training broke off; what was checkpointed is kept.
+    """
+    ready = plan(job)
+    with ray_session(job.cluster.address) as capacity:
+        check_capacity(job, capacity)
+        run = resume or create_run(ready, group, variant)
+        if resume:
+            write_atomically(run.path / "job.yaml", dump_job(job))
+        if on_start:
+            on_start(run)
+        thread = _Fit(job, run)
+        thread.start()
+        try:
+            _follow(run, thread, on_report)
+        except KeyboardInterrupt:
+            run.update(status="stopped", error="interrupted")
+            raise
+    record = run.record()
+    if record.status == "finished":
+        return record
+    reason = record.error or thread.problem or "the workers ended without a result"
+    run.update(status="failed", error=reason)
+    raise RunFailed(f"run {run.run_id} failed: {reason}\n  resume it with: armillary run --resume {run.run_id}")
+
+
+class _Fit(threading.Thread):
+    """Ray Train blocks while it trains; a thread keeps the main one free for progress and Ctrl-C."""
+
+    def __init__(self, job: TrainJob, run: RunDirectory) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self.job, self.run_directory = job, run
+        self.problem: str | None = None
+
+    def run(self) -> None:
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, TrainingFailedError
+
+        trainer = make_trainer(
+            _work,
+            {"run": str(self.run_directory.path), "job": self.job},
+            self.job,
+            RunConfig(
+                name=CHECKPOINTS,
+                storage_path=str(self.run_directory.path),
+                failure_config=FailureConfig(max_failures=2),
+                checkpoint_config=CheckpointConfig(num_to_keep=self.job.train.keep_checkpoints),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            self.problem = _innermost(error)
+
+
+def make_trainer(
+    function: Callable[[dict[str, Any]], None], config: dict[str, Any], job: TrainJob, run_config: Any
+) -> Any:
+    """A Ray Train trainer with the job's worker group."""
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    train = job.train
+    gpu = train.gpus_per_worker > 0
+    return TorchTrainer(
+        function,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": train.gpus_per_worker} if gpu else {})},
+        ),
+        run_config=run_config,
+    )
+
+
+def _innermost(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return "; ".join(f"worker {rank}: {_innermost(failure)}" for rank, failure in sorted(failures.items()))
+    cause = getattr(error, "cause", None) or error.__cause__
+    return _innermost(cause) if cause is not None else f"{type(error).__name__}: {error}"
+
+
+def _follow(run: RunDirectory, thread: threading.Thread, on_report: OnReport | None) -> None:
+    seen = sum(1 for _ in run.events())
+    while True:
+        alive = thread.is_alive()
+        for number, event in enumerate(run.events()):
+            if number >= seen:
+                seen = number + 1
+                if on_report:
+                    on_report(run.run_id, event["step"], event["metrics"])
+        if not alive:
+            return
+        thread.join(_POLL_SECONDS)
+
+
+def set_threads(job: TrainJob) -> None:
+    """Shares the node's cores among its workers, unless the job says how many threads each takes."""
+    import os
+
+    import torch
+
+    torch.set_num_threads(job.train.threads or max(1, (os.cpu_count() or 1) // job.train.workers))
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    from ray import train
+
+    job: TrainJob = config["job"]
+    set_threads(job)
+
+    def report(step: int, metrics: Mapping[str, float], folder: Path | None) -> Literal["continue", "stop"]:
+        checkpoint = train.Checkpoint.from_directory(str(folder)) if folder else None
+        name = f"epoch-{step:06d}" if folder else None
+        train.report(dict(metrics), checkpoint=checkpoint, checkpoint_dir_name=name)
+        return "continue"
+
+    stored = train.get_checkpoint()
+    run = RunDirectory(Path(config["run"]))
+    if stored is None:
+        execute(lambda: plan(job, capacity=_ENOUGH), run, report)
+        return
+    with stored.as_directory() as folder:
+        execute(lambda: plan(job, capacity=_ENOUGH), run, report, Path(folder))
+
+
+# The driver has checked the job against the cluster; a worker sees only its own node.
+_ENOUGH = {"CPU": float("inf"), "GPU": float("inf")}
+
+
+def find_resumable(run_id: str | None) -> RunDirectory:
+    """The run to resume: the named one, or the last that did not finish.
+
+    Raises:
+        UserError: there is none, or it is finished.
+    """
+    from armillary.training.rundir import all_runs
+
+    if run_id:
+        run = RunDirectory.find(run_id)
+    else:
+        unfinished = [run for run in all_runs() if run.record().status != "finished" and run.record().group is None]
+        if not unfinished:
+            raise UserError("there is no unfinished run to resume")
+        run = unfinished[-1]
+    if run.record().status == "finished":
+        raise UserError(f"run {run.run_id} is finished", hint="raise train.epochs in a new run to train longer")
+    return run

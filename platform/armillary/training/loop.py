@@ -1,0 +1,245 @@
+"""What a worker does with a plan: train, report, checkpoint, evaluate. The same for a run of its own and for a crew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from armillary import collectives
+from armillary.components.normalization import convert_batch_norm
+from armillary.data.loader import Batches
+from armillary.evaluation import protocols
+from armillary.evaluation.extract import extract
+from armillary.objectives import Batch
+from armillary.spec.errors import UserError
+from armillary.spec.loading import digest
+from armillary.training.engine import Engine
+from armillary.training.model import save_encoder
+from armillary.training.preflight import Plan
+from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
+from armillary.training.schedules import learning_rate
+from armillary.training.shards import read_meta, write_meta
+
+# (step, metrics, checkpoint folder or None) -> go on or stop. Every worker calls it, with the same step.
+Report = Callable[[int, Mapping[str, float], Path | None], Literal["continue", "stop"]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the final metrics, and whether it was told to stop early."""
+
+    metrics: dict[str, float]
+    stopped: bool
+
+
+def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path | None = None) -> Outcome:
+    """Trains and evaluates one run on this worker.
+
+    Args:
+        plan: the checked job with its data.
+        run: where rank 0 writes events, model and evaluation.
+        report: called once an epoch on every worker.
+        resume_from: a checkpoint folder to go on from.
+
+    Returns:
+        The same outcome on every worker.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+        FloatingPointError: the loss is no longer finite; the last checkpoint is kept.
+    """
+    job = plan.job
+    if job.train.epochs == 0:
+        torch.manual_seed(job.seed)
+        return Outcome(_conclude(plan, run, plan.build().encoder), stopped=False)
+    device = worker_device()
+    torch.manual_seed(job.seed)
+    objective = convert_batch_norm(plan.build())
+    torch.manual_seed(job.seed)
+    replica = convert_batch_norm(plan.build().encoder)  # filled with the trained weights whenever they are evaluated
+    batches = Batches(
+        plan.data.train,
+        plan.needs,
+        plan.views,
+        job.train.batch_size,
+        job.seed,
+        collectives.rank(),
+        collectives.world_size(),
+        device,
+    )
+    engine = Engine(objective, job, device)
+    try:
+        first = _resume(engine, resume_from, plan) if resume_from else 0
+        metrics: dict[str, float] = {}
+        stopped = False
+        for epoch in range(first, job.train.epochs):
+            metrics = _train_epoch(engine, batches, plan, epoch)
+            last = epoch + 1 == job.train.epochs
+            if not last and job.evaluate.every and (epoch + 1) % job.evaluate.every == 0:
+                metrics |= _evaluate(plan, engine.encoder_copy(replica))[0]
+            due = last or (job.train.checkpoint_every and (epoch + 1) % job.train.checkpoint_every == 0)
+            with _checkpoint(engine, plan, epoch + 1) if due else _nothing() as folder:
+                if collectives.rank() == 0:
+                    run.append_event(epoch + 1, metrics)
+                stopped = report(epoch + 1, metrics, folder) == "stop"
+            if stopped:
+                break
+        final = _conclude(plan, run, engine.encoder_copy(replica))
+    finally:
+        engine.close()
+    return Outcome({**metrics, **final}, stopped)
+
+
+def execute(
+    load_plan: Callable[[], Plan], run: RunDirectory, report: Report, resume_from: Path | None = None
+) -> RunRecord:
+    """Trains a run and keeps its record: what every worker of a run or a crew calls.
+
+    A mistake of the user's or a diverged loss is recorded, not raised: training again would only repeat it.
+    """
+    started, writes = time.monotonic(), collectives.rank() == 0
+    before = run.record()
+    if writes:
+        run.update(status="running", error=None)
+    changes: dict[str, object]
+    try:
+        outcome = train_run(load_plan(), run, report, resume_from)
+        changes = {"status": "stopped" if outcome.stopped else "finished", "metrics": outcome.metrics}
+    except (UserError, FloatingPointError) as error:
+        changes = {"status": "failed", "error": str(error)}
+    changes |= {"finished": time.time(), "seconds": before.seconds + time.monotonic() - started}
+    return run.update(**changes) if writes else before
+
+
+def worker_device() -> torch.device:
+    """The device of this worker: its GPU when Ray gave it one, else the CPU."""
+    if torch.cuda.is_available():
+        from ray.train.torch import get_device
+
+        device: torch.device = get_device()
+        return device
+    return torch.device("cpu")
+
+
+def _train_epoch(engine: Engine, batches: Batches, plan: Plan, epoch: int) -> dict[str, float]:
+    job, started = plan.job, time.monotonic()
+    # Dropout and the like draw from here; seeding by epoch makes a resumed run draw what an uninterrupted one does.
+    torch.manual_seed((job.seed * 1_000_003 + epoch) * 65_537 + collectives.rank())
+    engine.objective.train()
+    engine.objective.before_epoch(epoch)
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=engine.device))
+    steps = batches.steps_per_epoch
+    lr = 0.0
+    for step, batch in enumerate(batches.epoch(epoch)):
+        lr = learning_rate(job.optimizer, epoch + (step + 1) / steps, job.train.epochs)
+        for name, value in engine.step(split(batch, job.train.accumulate), lr).items():
+            totals[name] += value / steps
+        engine.objective.after_step(epoch * steps + step)
+    metrics = _mean_over_workers(totals)
+    if not np.isfinite(metrics["train/loss"]):
+        raise FloatingPointError(
+            f"the loss became {metrics['train/loss']} in epoch {epoch + 1}; lower optimizer.lr or set train.clip_norm"
+        )
+    seconds = time.monotonic() - started
+    return {**metrics, "train/lr": lr, "train/images_per_second": steps * batches.batch_size / seconds}
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Cuts a batch into equal micro-batches, in order."""
+    if parts == 1:
+        return [batch]
+    views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
+    fields = [{name: column.chunk(parts)[part] for name, column in batch.fields.items()} for part in range(parts)]
+    return [
+        Batch(tuple(own), index, own_fields)
+        for own, index, own_fields in zip(views, batch.index.chunk(parts), fields, strict=True)
+    ]
+
+
+def _mean_over_workers(totals: Mapping[str, Tensor]) -> dict[str, float]:
+    names = sorted(totals)
+    values = torch.stack([totals[name].reshape(()) for name in names])
+    values = collectives.all_reduce_sum(values) / collectives.world_size()
+    return {f"train/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield None
+
+
+@contextmanager
+def _checkpoint(engine: Engine, plan: Plan, epoch: int) -> Iterator[Path]:
+    """This worker's part of a checkpoint, in a temporary folder that lives until it was reported."""
+    folder = Path(tempfile.mkdtemp(prefix="armillary-checkpoint-"))
+    try:
+        engine.save(folder)
+        if collectives.rank() == 0:
+            write_meta(folder, {"epoch": epoch, "workers": collectives.world_size(), "digest": digest(plan.job)})
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resume(engine: Engine, folder: Path, plan: Plan) -> int:
+    epoch = int(read_meta(folder)["epoch"])
+    if epoch > plan.job.train.epochs:
+        raise UserError(
+            f"the checkpoint is of epoch {epoch}, the job ends at {plan.job.train.epochs}", key="train.epochs"
+        )
+    engine.load(folder)
+    return epoch
+
+
+def _evaluate(plan: Plan, encoder: nn.Module) -> tuple[dict[str, float], dict[str, dict[str, np.ndarray]]]:
+    """Metrics on every worker, curves on rank 0, which alone computes them."""
+    metrics: dict[str, float] = {}
+    curves: dict[str, dict[str, np.ndarray]] = {}
+    if collectives.rank() == 0:
+        spec, data = plan.job.evaluate, plan.data
+        device = worker_device()
+        encoder = encoder.to(device)
+
+        def embed(images: Tensor) -> Tensor:
+            return extract(encoder, images, batch_size=spec.batch_size, flip=spec.flip, device=device)
+
+        embeddings = embed(data.evaluation.images)
+        needs_train = any(protocols.requirements(name).needs_train for name in spec.protocols)
+        gallery = embed(data.train.images) if needs_train else None
+        for name in spec.protocols:
+            wants = protocols.requirements(name).needs_train
+            result = protocols.evaluate(
+                name,
+                embeddings,
+                data.evaluation.label,
+                train_embeddings=gallery if wants else None,
+                train_labels=data.train.label if wants else None,
+                seed=plan.job.seed,
+            )
+            metrics |= result.metrics
+            curves[name] = result.curves
+    return collectives.broadcast_object(metrics), curves
+
+
+def _conclude(plan: Plan, run: RunDirectory, encoder: nn.Module) -> dict[str, float]:
+    """Final evaluation; rank 0 writes the model, the curves and the metrics."""
+    metrics, curves = _evaluate(plan, encoder)
+    if collectives.rank() == 0:
+        images = plan.data.train.images
+        save_encoder(run.path / "model", encoder, plan.job, images.shape[1], (images.shape[2], images.shape[3]))
+        for name, arrays in curves.items():
+            np.savez_compressed(run.path / "evaluation" / f"{name}.npz", **arrays)
+        write_atomically(run.path / "evaluation" / "metrics.json", json.dumps(metrics, indent=2))
+    return metrics

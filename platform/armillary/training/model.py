@@ -1,0 +1,67 @@
+"""The encoder a run leaves behind: safetensors for the weights, JSON for how to build it. Nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from armillary.components.backbones import build_encoder
+from armillary.components.normalization import convert_batch_norm
+from armillary.spec.errors import UserError
+from armillary.spec.jobs import BackboneSpec, TrainJob
+from armillary.training.rundir import RunDirectory, write_atomically
+
+WEIGHTS, DESCRIPTION = "encoder.safetensors", "model.json"
+
+
+def save_encoder(folder: Path, encoder: nn.Module, job: TrainJob, channels: int, image_size: tuple[int, int]) -> None:
+    """Writes an encoder into a run's ``model`` folder."""
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}, folder / WEIGHTS
+    )
+    description = {
+        "backbone": job.backbone.model_dump(mode="json"),
+        "in_channels": channels,
+        "image_size": list(image_size),
+        "objective": job.objective.name,
+    }
+    write_atomically(folder / DESCRIPTION, json.dumps(description, indent=2))
+
+
+def load_encoder(run: RunDirectory) -> nn.Module:
+    """The encoder of a finished run, in evaluation mode.
+
+    Raises:
+        UserError: the run has no model yet, or the files do not fit together.
+    """
+    folder = run.path / "model"
+    if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
+        raise UserError(
+            f"run {run.run_id} has no model: it is {run.record().status}",
+            hint=f"armillary run --resume {run.run_id}",
+        )
+    description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+    height, width = description["image_size"]
+    encoder = convert_batch_norm(
+        build_encoder(
+            BackboneSpec(**description["backbone"]), in_channels=description["in_channels"], image_size=(height, width)
+        )
+    )
+    stored = load_file(folder / WEIGHTS)
+    here = encoder.state_dict()
+    wrong = sorted(name for name in stored.keys() | here.keys() if shape(stored, name) != shape(here, name))
+    if wrong:
+        raise UserError(
+            f"{folder / WEIGHTS} is of another model: {wrong[0]} does not fit", where=str(folder / DESCRIPTION)
+        )
+    encoder.load_state_dict(stored)
+    return encoder.eval()
+
+
+def shape(state: dict[str, Any], name: str) -> tuple[int, ...] | None:
+    """The shape stored under a name, ``None`` when it is absent."""
+    return tuple(state[name].shape) if name in state else None

@@ -1,0 +1,157 @@
+"""Everything that can be wrong with a train job is found here, before a worker starts or a file is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from armillary.components.backbones import build_encoder
+from armillary.data.loader import check_batches
+from armillary.data.splits import PreparedData, prepare
+from armillary.data.views import Views, make_views
+from armillary.evaluation import protocols
+from armillary.objectives import BuildContext, Needs, Objective, registry
+from armillary.spec.errors import UserError
+from armillary.spec.jobs import TrainJob
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that can run: its parts, found and checked."""
+
+    job: TrainJob
+    data: PreparedData
+    views: Views
+    needs: Needs
+
+    def build(self) -> Objective:
+        """The objective with its encoder, from fresh random weights (the caller seeds torch)."""
+        objective = registry.get(self.job.objective.name)
+        hyperparameters = registry.hyperparameters(self.job.objective.name, self.job.objective.options)
+        train = self.data.train
+        encoder = build_encoder(
+            self.job.backbone, in_channels=train.images.shape[1], image_size=tuple(train.images.shape[2:])
+        )
+        if hasattr(encoder, "fit"):
+            encoder.fit(train.images)
+        context = BuildContext(
+            encoder=encoder,
+            embedding_dim=self.job.backbone.embedding_dim,
+            num_classes=self.data.num_classes,
+            num_samples=len(train),
+            epochs=self.job.train.epochs,
+            steps_per_epoch=max(1, len(train) // self.job.train.batch_size),
+        )
+        return objective(hyperparameters, context)
+
+
+def plan(
+    job: TrainJob, *, prepared: Callable[..., PreparedData] = prepare, capacity: Mapping[str, float] | None = None
+) -> Plan:
+    """Checks a job as a whole and finds its parts.
+
+    Args:
+        job: what the user wrote.
+        prepared: how data is loaded; a crew passes one that remembers.
+        capacity: resources of the cluster (``CPU``, ``GPU``); the local machine's when ``None``.
+
+    Raises:
+        UserError: the first thing that is wrong, with its key and what would be right.
+    """
+    objective = registry.get(job.objective.name, key="objective.name")
+    hyperparameters = registry.hyperparameters(job.objective.name, job.objective.options)
+    needs = objective.needs_for(hyperparameters)
+    recipe = needs.recipe if job.views.name == "auto" else job.views.name
+    views = make_views(recipe, job.views.options)
+    _check_backbone(job)
+    for name in job.evaluate.protocols:
+        _check_protocol(name, job)
+    _check_training(job, needs)
+    check_capacity(job, capacity or local_capacity())
+    data = prepared(job.data, seed=job.seed)
+    if job.train.epochs:
+        check_batches(data.train, needs, job.train.batch_size, job.train.workers)
+    return Plan(job, data, views, needs)
+
+
+def _check_backbone(job: TrainJob) -> None:
+    with torch.device("meta"):
+        build_encoder(job.backbone, in_channels=1, image_size=(64, 64))
+    if job.backbone.name == "pixels" and job.train.epochs:
+        raise UserError("the backbone 'pixels' has nothing to train", key="train.epochs", allowed="0")
+
+
+def _check_protocol(name: str, job: TrainJob) -> None:
+    requirements = protocols.get(name, key="evaluate.protocols").requirements
+    closed = job.data.split == "sample"
+    if requirements.closed_set is not None and requirements.closed_set != closed:
+        wanted = "sample" if requirements.closed_set else "identity"
+        raise UserError(
+            f"the protocol {name!r} cannot judge data.split {job.data.split!r}",
+            key="evaluate.protocols",
+            allowed=f"data.split: {wanted}",
+        )
+
+
+def _check_training(job: TrainJob, needs: Needs) -> None:
+    train = job.train
+    parts = train.workers * train.accumulate
+    if train.batch_size % parts:
+        raise UserError(
+            f"batch_size {train.batch_size} cannot be shared evenly by {train.workers} workers x {train.accumulate} "
+            "micro-batches",
+            key="train.batch_size",
+            allowed=f"a multiple of {parts}",
+        )
+    if needs.batch_coupled and train.accumulate > 1:
+        raise UserError(
+            f"{job.objective.name} compares the samples of a batch with each other, so that accumulating micro-batches "
+            "would train another loss",
+            key="train.accumulate",
+            allowed="1",
+            hint="raise train.workers to make micro-batches smaller; workers share one global batch",
+        )
+    if train.precision == "bf16" and any(key in train.deepspeed for key in ("bf16", "fp16")):
+        raise UserError("sets the precision a second time", key="train.deepspeed", hint="use train.precision alone")
+
+
+def local_capacity() -> dict[str, float]:
+    """CPUs and GPUs of this machine."""
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
+def check_capacity(job: TrainJob, capacity: Mapping[str, float]) -> None:
+    """Checks that the cluster is large enough.
+
+    Raises:
+        UserError: it is not; shows the sum.
+    """
+    train = job.train
+    for resource, each in (("CPU", 1.0), ("GPU", train.gpus_per_worker)):
+        there = capacity.get(resource, 0.0)
+        if train.workers * each > there:
+            most = int(there // each)
+            raise UserError(
+                f"{train.workers} workers x {each:g} {resource} = {train.workers * each:g} {resource}, but the cluster has "
+                f"{there:g}",
+                key="train.workers" if most or resource == "CPU" else "train.gpus_per_worker",
+                allowed=f"1 to {most} workers" if most else f"0 (there is no {resource})",
+            )
+
+
+def describe(ready: Plan) -> dict[str, Any]:
+    """What a run is about to do, for a person to read before it starts."""
+    job, data = ready.job, ready.data
+    return {
+        "objective": job.objective.name,
+        "data": f"{data.name}, fold {data.fold}: {len(data.train)} images of {data.num_classes} classes to train on, "
+        f"{len(data.evaluation)} to evaluate on",
+        "backbone": job.backbone.name,
+        "workers": job.train.workers,
+        "zero": job.train.zero,
+        "epochs": job.train.epochs,
+    }

@@ -1,0 +1,82 @@
+"""Joining a Ray cluster, or starting a quiet one on this machine for as long as it is needed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from armillary.spec.errors import UserError
+from armillary.spec.home import home
+
+_ENVIRONMENT = {
+    # The controller polls its workers; the default of 2 s costs a short run several seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment variables that workers need to find the same state as the driver."""
+    import torch
+
+    fixed = {
+        key: value for key, value in _ENVIRONMENT.items() if key != "DS_ACCELERATOR" or not torch.cuda.is_available()
+    }
+    return {**fixed, "ARMILLARY_HOME": str(home())}
+
+
+@contextmanager
+def ray_session(address: str | None = None) -> Iterator[Mapping[str, float]]:
+    """Yields the cluster's resources; a cluster started here is stopped at the end.
+
+    Args:
+        address: of a running cluster; ``None`` takes ``$RAY_ADDRESS``, and without it starts one on this machine that
+            listens on loopback only.
+
+    Raises:
+        UserError: no cluster answers at the address.
+    """
+    for key, value in worker_environment().items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, object] = (
+        {}
+        if address != "local"
+        else {
+            "include_dashboard": False,
+            "num_cpus": os.cpu_count(),
+            "object_store_memory": 512 * 1024**2,
+        }
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            ray.init(
+                address=address,
+                namespace="armillary",
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env={"env_vars": worker_environment()},
+                **options,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}",
+            key="cluster.address",
+            hint="start one with `ray start --head`, or leave the address out to use this machine",
+        ) from None
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
