@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from armillary.regression.gate import Decision
     from armillary.regression.results import RegressionResult
     from armillary.regression.runner import OnResult
-    from armillary.spec.jobs import RegressionJob
+    from armillary.spec.jobs import RegressionJob, TrainJob
     from armillary.training.api import Submission
     from armillary.training.rundir import RunRecord
 
@@ -39,12 +39,11 @@ def run(
     """Train every job with every seed, store the result, print the verdicts; exit 1 on a drop or a missing run."""
     from armillary.regression.gate import exit_code
     from armillary.regression.runner import expand, judge, run_regression
-    from armillary.spec.loading import parse_overrides
 
     own, for_jobs = _split_overrides(overrides or [])
     job = load_regression(file, own)
-    settings = parse_overrides(for_jobs)
-    _preflight([train for _, train in expand(job, settings)])
+    settings = _settings(for_jobs)
+    _preflight([train for planned, train in expand(job, settings) if planned.seed == job.seeds[0]])
     result = run_regression(job, _crew_runner(job.concurrent), overrides=settings)
     decisions = judge(result)
     _print(result, decisions, json)
@@ -96,7 +95,7 @@ def bless(
     out.print(f"blessed result {blessing.result_id} of {name} as {blessing.who}: {blessing.why}", markup=False)
     for entry in blessing.entries:
         data = f"data {entry.fingerprint[:12]}" if entry.fingerprint else "data without fingerprint"
-        out.print(f"  {entry.job}: {len(entry.runs)} runs, {data}, configuration {entry.config}", markup=False)
+        out.print(f"  {entry.job}: {len(entry.runs)} runs, {data}, configuration {entry.config[:12]}", markup=False)
 
 
 @app.command()
@@ -134,6 +133,20 @@ def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, [item for item in overrides if item not in own]
 
 
+def _settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` texts as values by dotted key, each value read as YAML."""
+    from armillary.spec import document
+    from armillary.spec.errors import UserError
+
+    settings = {}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not value.strip():
+            raise UserError(f"found {text!r}", where="command line", allowed="key=value, e.g. objective.scale=1")
+        settings[key.strip()] = document.parse(value, "command line").values
+    return settings
+
+
 def _is_file(target: str) -> bool:
     return Path(target).is_file() or Path(target).suffix in (".yaml", ".yml")
 
@@ -148,19 +161,15 @@ def load_regression(path: Path, overrides: Sequence[str] = ()) -> RegressionJob:
     Raises:
         UserError: the file is wrong, or holds another kind of job.
     """
-    from armillary.spec.errors import UserError
     from armillary.spec.jobs import RegressionJob
     from armillary.spec.loading import load_job
 
-    job = load_job(path, overrides)
-    if not isinstance(job, RegressionJob):
-        raise UserError(
-            f"this is a {job.kind} job", where=str(path), key="kind", allowed="regression", hint=f"armillary run {path}"
-        )
+    job = load_job(path, overrides, kind="regression")
+    assert isinstance(job, RegressionJob)
     return job
 
 
-def _preflight(jobs: Sequence[object]) -> None:
+def _preflight(jobs: Sequence[TrainJob]) -> None:
     """All of a list is checked before anything of it starts."""
     from armillary.training.preflight import plan
 

@@ -86,7 +86,10 @@ def up(files: Annotated[list[Path] | None, typer.Argument(help="job files to add
 def _add(files: list[Path]) -> list[Scheduled]:
     from armillary.cli.regress import load_regression
     from armillary.regression import schedule
+    from armillary.spec.files import find
 
-    # All files are read before the first is stored: one wrong file changes nothing.
-    jobs = [(file, load_regression(file)) for file in files]
-    return [schedule.add(file, job) for file, job in jobs]
+    # All files are read and checked before the first is stored: one wrong file changes nothing.
+    jobs = [(find("jobs", file), load_regression(file)) for file in files]
+    for path, job in jobs:
+        schedule.check_line(path, job)
+    return [schedule.add(path, job) for path, job in jobs]

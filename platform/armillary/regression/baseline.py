@@ -1,7 +1,7 @@
 """Blessed baselines: what a regression's metrics are compared with, who said so, when, and why.
 
-A baseline belongs to one (job name, configuration, data fingerprint). Runs on other data, or of a job file that was
-edited, find none: numbers from different questions are never compared. Nothing is ever removed from the file: the
+A baseline belongs to one (job name, configuration, fold, data fingerprint). Runs on other data, or of a job file that
+was edited, find none: numbers from different questions are never compared. Nothing is ever removed from the file: the
 newest blessing of a key counts, and going back to older data finds the baseline that was blessed for it.
 """
 
@@ -25,7 +25,6 @@ class BaselineRun(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     run_id: str | None
-    fold: int
     seed: int
     metrics: dict[str, float]
 
@@ -37,13 +36,14 @@ class BaselineEntry(BaseModel):
 
     job: str
     config: str
+    fold: int
     fingerprint: str
     runs: tuple[BaselineRun, ...]
 
     def observations(self, metric: str) -> list[Observation]:
         """The runs' values of a metric; runs that never reported it are left out."""
         return [
-            Observation(Key(self.job, run.fold, run.seed), run.metrics[metric])
+            Observation(Key(self.job, self.fold, run.seed), run.metrics[metric])
             for run in self.runs
             if metric in run.metrics
         ]
@@ -86,20 +86,23 @@ class Baseline(BaseModel):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, self.model_dump_json(indent=2))
 
-    def find(self, job: str, config: str, fingerprint: str) -> BaselineEntry | None:
-        """The newest blessed entry of exactly this job, configuration and data."""
+    def find(self, job: str, config: str, fold: int, fingerprint: str) -> BaselineEntry | None:
+        """The newest blessed entry of exactly this job, configuration, fold and data."""
         for entry in self._newest_first(job):
-            if (entry.config, entry.fingerprint) == (config, fingerprint):
+            if (entry.config, entry.fold, entry.fingerprint) == (config, fold, fingerprint):
                 return entry
         return None
 
-    def why_none(self, job: str, fingerprint: str) -> str:
+    def why_none(self, job: str, fold: int, fingerprint: str) -> str:
         """The reason, in words, that :meth:`find` has nothing for a job on this data."""
         entries = self._newest_first(job)
         if not entries:
             return f"nothing is blessed for {job!r} yet"
         newest = entries[0]
-        if any(entry.fingerprint == fingerprint for entry in entries):
+        same_data = [entry for entry in entries if entry.fingerprint == fingerprint]
+        if same_data and all(entry.fold != fold for entry in same_data):
+            return f"fold {fold} was run, fold {same_data[0].fold} is blessed"
+        if same_data:
             return f"the configuration of {job!r} in the job file changed since it was blessed"
         return (
             f"the data's fingerprint is {fingerprint[:12]!r}, the baseline was blessed on {newest.fingerprint[:12]!r}"
@@ -148,11 +151,11 @@ def _entry(result: RegressionResult, job: str) -> BaselineEntry:
     return BaselineEntry(
         job=job,
         config=runs[0].config,
+        fold=runs[0].fold,
         fingerprint=runs[0].fingerprint,
         runs=tuple(
             BaselineRun(
                 run_id=run.run_id,
-                fold=run.fold,
                 seed=run.seed,
                 metrics={name: value for name, value in run.metrics.items() if math.isfinite(value)},
             )

@@ -6,8 +6,6 @@ a cluster in its tests. ``armillary.cli.regress`` passes the warm-crew matrix of
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +15,7 @@ from armillary.regression.gate import Decision, Observation, decide
 from armillary.regression.results import RegressionResult, ResultRun, latest_result, new_result_id
 from armillary.spec.errors import UserError
 from armillary.spec.jobs import GateMetric, RegressionEntry, RegressionJob, TrainJob
-from armillary.spec.loading import apply_overrides
+from armillary.spec.loading import apply_overrides, config_digest
 from armillary.training.api import Submission
 from armillary.training.rundir import RunRecord
 
@@ -26,22 +24,10 @@ OnResult = Callable[[int, RunRecord], None]
 # Trains every submission and returns one record each, in the order given.
 Runner = Callable[[Sequence[Submission], OnResult], list[RunRecord]]
 
-# What says where and under which name a job runs, not what it computes; it does not separate baselines.
-_NOT_CONFIGURATION = ("name", "seed", "tracking", "cluster")
-_NOT_CONFIGURATION_TRAIN = ("workers", "threads", "gpus_per_worker", "checkpoint_every", "keep_checkpoints")
-
 
 def entry_name(entry: RegressionEntry) -> str:
     """The name a job has in the regression's tables and baselines."""
     return entry.name or entry.job.name
-
-
-def config_digest(job: TrainJob) -> str:
-    """Twelve hexadecimal digits of what the job computes: the same for every seed, worker count and tracking server."""
-    settings = job.model_dump(mode="json", exclude=set(_NOT_CONFIGURATION))
-    for key in _NOT_CONFIGURATION_TRAIN:
-        settings["train"].pop(key)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def expand(job: RegressionJob, overrides: Mapping[str, Any] | None = None) -> list[tuple[ResultRun, TrainJob]]:
@@ -68,9 +54,11 @@ def expand(job: RegressionJob, overrides: Mapping[str, Any] | None = None) -> li
     planned = []
     for name, entry in zip(names, job.jobs, strict=True):
         stated = apply_overrides(entry.job, dict(entry.set))
-        changed = apply_overrides(stated, dict(overrides or {}))
+        changed = apply_overrides(stated, dict(overrides or {}), where="command line")
+        config = config_digest(stated)
         for seed in job.seeds:
-            run = ResultRun(job=name, config=config_digest(stated), fold=stated.data.fold, seed=seed)
+            # Another fold holds out other people: that is another question, whoever asked for it.
+            run = ResultRun(job=name, config=config, fold=changed.data.fold, seed=seed)
             planned.append((run, apply_overrides(changed, {"seed": seed})))
     return planned
 
@@ -101,10 +89,7 @@ def run_regression(
         runs=[run for run, _ in planned],
     )
     result.save()
-    submissions = [
-        Submission(job=train, group=f"regression/{job.name}", variant=run.job, tags={"result": result.result_id})
-        for run, train in planned
-    ]
+    submissions = [Submission(job=train, group=f"regression/{job.name}", variant=run.job) for run, train in planned]
 
     def on_result(position: int, record: RunRecord) -> None:
         result.runs[position] = _with_record(result.runs[position], record)
@@ -149,7 +134,8 @@ def judge(
         entry, why = None, f"the runs of {name!r} were made on different data"
         if len(fingerprints) == 1:
             fingerprint = fingerprints.pop()
-            entry, why = baseline.find(name, runs[0].config, fingerprint), baseline.why_none(name, fingerprint)
+            entry = baseline.find(name, runs[0].config, runs[0].fold, fingerprint)
+            why = baseline.why_none(name, runs[0].fold, fingerprint)
         for metric in metrics or result.metrics:
             blessed = entry.observations(metric.name) if entry else []
             decisions.append(

@@ -86,6 +86,20 @@ def schedule_dir() -> Path:
     return home() / "schedule"
 
 
+def check_line(file: Path, job: RegressionJob) -> str:
+    """The cron line of a regression job.
+
+    Raises:
+        UserError: it has no ``schedule``, or a wrong one.
+    """
+    if job.schedule is None:
+        raise UserError(
+            "this regression has no schedule", where=str(file), key="schedule", hint='add schedule: "0 3 * * *"'
+        )
+    cron.parse(job.schedule, where=str(file))
+    return job.schedule
+
+
 def add(file: Path, job: RegressionJob) -> Scheduled:
     """Puts a regression job on its cron line, or moves it to a changed one; a running scheduler notices within seconds.
 
@@ -97,9 +111,7 @@ def add(file: Path, job: RegressionJob) -> Scheduled:
         UserError: the job has no ``schedule``, the line is wrong, or the name belongs to another file.
     """
     path = str(file.expanduser().absolute())
-    if job.schedule is None:
-        raise UserError("this regression has no schedule", where=path, key="schedule", hint='add schedule: "0 3 * * *"')
-    trigger = cron.trigger(job.schedule, where=path)
+    line = check_line(file, job)
     with _paused_scheduler() as scheduler:
         known = scheduler.get_job(job.name)
         if known is not None and known.args[1] != path:
@@ -109,8 +121,8 @@ def add(file: Path, job: RegressionJob) -> Scheduled:
                 key="name",
                 hint=f"remove it first: armillary schedule remove {job.name}",
             )
-        if known is None or known.args[2] != job.schedule:
-            _store(scheduler, trigger, job.name, path, job.schedule)
+        if known is None or known.args[2] != line:
+            _store(scheduler, cron.trigger(line), job.name, path, line)
         return _row(scheduler.get_job(job.name), None)
 
 
@@ -309,10 +321,17 @@ def _configured(kind: Callable[..., Any]) -> Any:
 
 @contextlib.contextmanager
 def _paused_scheduler() -> Iterator[Any]:
-    """The job store through a scheduler that fires nothing."""
-    from apscheduler.schedulers.background import BackgroundScheduler
+    """The job store through a scheduler that cannot fire: a paused BackgroundScheduler would, once, on its way out."""
+    from apscheduler.schedulers.base import BaseScheduler
 
-    scheduler = _configured(BackgroundScheduler)
+    class Still(BaseScheduler):
+        def wakeup(self) -> None:
+            """There is no thread to wake."""
+
+        def shutdown(self, wait: bool = True) -> None:
+            super().shutdown(wait)
+
+    scheduler = _configured(Still)
     scheduler.start(paused=True)
     try:
         yield scheduler
