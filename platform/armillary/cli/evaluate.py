@@ -29,7 +29,9 @@ def evaluate(
     protocol: Annotated[
         list[str] | None, typer.Option("--protocol", "-p", help="A protocol; repeat for several. Default: the job's.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Fixes what protocols draw.", min=0)] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Fixes what protocols draw. Default: the run's, or 0.", min=0)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
     plots: Annotated[
         Path | None, typer.Option(help="Write curves (.npz) and pictures (.png) into this folder.")
@@ -44,10 +46,11 @@ def evaluate(
     if run is not None:
         if train is not None:
             raise UserError("a run brings its own training part", where="--train", hint="leave it out")
-        subject, results = _judge_run(run, protocol, seed)
+        subject, seed, results = _judge_run(run, protocol, seed)
     else:
         assert embeddings is not None
-        subject, results = str(embeddings), _judge_file(embeddings, train, protocol, seed)
+        subject, seed = str(embeddings), seed or 0
+        results = _judge_file(embeddings, train, protocol, seed)
     metrics = {name: value for result in results.values() for name, value in result.metrics.items()}
     written = _write_plots(results, subject, plots) if plots is not None else []
     if as_json:
@@ -75,34 +78,33 @@ def _judge_file(path: Path, train: Path | None, names: list[str] | None, seed: i
     return {name: protocols.evaluate(name, points, labels, **options) for name in chosen}
 
 
-def _judge_run(run_id: str, names: list[str] | None, seed: int) -> tuple[str, dict[str, ProtocolResult]]:
+def _judge_run(run_id: str, names: list[str] | None, seed: int | None) -> tuple[str, int, dict[str, ProtocolResult]]:
+    """The run's id, the seed used, and the results: with the job's protocols and seed, those of its training."""
     from armillary.data.splits import prepare
     from armillary.evaluation.suite import check_protocols, evaluate_encoder
+    from armillary.spec.jobs import TrainJob
+    from armillary.spec.loading import load_job
     from armillary.training.model import load_encoder
     from armillary.training.rundir import RunDirectory
 
     directory = RunDirectory.find(run_id)
-    status = directory.record().status
-    if status != "finished":
-        raise UserError(
-            f"run {directory.run_id} is {status}; a finished one has a model to judge",
-            hint=f"armillary run --resume {directory.run_id}" if status in ("stopped", "failed") else None,
-        )
-    encoder, job = load_encoder(directory.path)
+    job = load_job(directory.path / "job.yaml", kind="train")
+    assert isinstance(job, TrainJob)
+    encoder = load_encoder(directory)
     chosen = names or list(job.evaluate.protocols)
     check_protocols(chosen, job.data.split, where="--protocol" if names else None)
     print_note(f"embedding {job.data.name}, fold {job.data.fold}")
     data = prepare(job.data, seed=job.seed)
+    seed = job.seed if seed is None else seed
     results = evaluate_encoder(
         encoder,
         data,
         chosen,
         batch_size=job.evaluate.batch_size,
         flip=job.evaluate.flip,
-        precision=job.train.precision,
         seed=seed,
     )
-    return directory.run_id, results
+    return directory.run_id, seed, results
 
 
 def _write_plots(results: dict[str, ProtocolResult], subject: str, folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 _MATPLOTLIB_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 _POINTS = 200
 LOWEST_FAR = 1e-6
+CMC_RANKS = 20
 
 RocCurves = Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]]
 
@@ -73,7 +74,7 @@ def roc_bands(curves: RocCurves) -> list[Band]:
 
 
 def cmc_bands(curves: Mapping[str, Sequence[ArrayLike]]) -> list[Band]:
-    """CMC curves up to the rank that all runs of all variants reach.
+    """CMC curves up to rank 20, or to the rank that all runs of all variants reach.
 
     Raises:
         ValueError: there is no curve.
@@ -81,7 +82,7 @@ def cmc_bands(curves: Mapping[str, Sequence[ArrayLike]]) -> list[Band]:
     arrays = {name: [np.asarray(run, float) for run in runs] for name, runs in curves.items() if runs}
     if not arrays:
         raise ValueError("there is no CMC curve to draw")
-    deepest = min(len(run) for runs in arrays.values() for run in runs)
+    deepest = min(CMC_RANKS, *(len(run) for runs in arrays.values() for run in runs))
     ranks = np.arange(1.0, deepest + 1)
     return [_band(name, ranks, [run[:deepest] for run in runs]) for name, runs in arrays.items()]
 
@@ -160,7 +161,7 @@ def _figure(bands: Sequence[Band], axes: Axes) -> Figure:
             hovertemplate="%{y:.4f} at %{x:.3g}",
         )
     figure.update_layout(
-        title={"text": axes.title},
+        title={"text": axes.title, "x": 0, "xref": "paper", "xanchor": "left"},
         template="none",
         hovermode="x unified",
         legend={"orientation": "h", "yanchor": "top", "y": -0.2, "xanchor": "left", "x": 0},

@@ -49,7 +49,6 @@ def evaluate_encoder(
     batch_size: int = 256,
     flip: bool = False,
     device: str | torch.device = "cpu",
-    precision: Literal["float32", "bf16"] = "float32",
     seed: int = 0,
 ) -> dict[str, ProtocolResult]:
     """Embeds the evaluated part (and the training part, where a protocol needs it) and runs the protocols.
@@ -63,7 +62,7 @@ def evaluate_encoder(
     from armillary.evaluation.extract import extract
 
     def embed(images: torch.Tensor) -> torch.Tensor:
-        return extract(encoder, images, batch_size=batch_size, flip=flip, device=device, precision=precision)
+        return extract(encoder, images, batch_size=batch_size, flip=flip, device=device)
 
     embeddings = embed(data.evaluation.images)
     needs_train = any(protocols.requirements(name).needs_train for name in names)

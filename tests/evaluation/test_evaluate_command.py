@@ -1,0 +1,138 @@
+"""``armillary evaluate`` on files, through the real command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from armillary.cli.main import main
+from armillary.evaluation.protocols import evaluate
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(["evaluate", *map(str, arguments)])
+        streams = capsys.readouterr()
+        return int(caught.value.code or 0), streams.out, streams.err
+
+    return run
+
+
+@pytest.fixture
+def files(blobs, tmp_path):
+    for name, part in (("test", slice(0, None, 2)), ("train", slice(1, None, 2))):
+        points, labels = blobs(per_class=10, noise=1.5)
+        np.savez(tmp_path / f"{name}.npz", embeddings=points[part], labels=labels[part])
+    return tmp_path
+
+
+def test_json_is_what_the_protocols_say(files, command) -> None:
+    code, out, _ = command("--embeddings", files / "test.npz", "--json")
+    stored = np.load(files / "test.npz")
+    expected = {}
+    for name in ("verification", "identification"):
+        expected |= evaluate(name, stored["embeddings"], stored["labels"]).metrics
+    assert code == 0
+    assert json.loads(out)["metrics"] == expected
+
+
+def test_a_gallery_opens_the_closed_set_protocols(files, command) -> None:
+    arguments = ("--embeddings", files / "test.npz", "-p", "knn", "-p", "probe")
+    code, out, err = command(*arguments)
+    assert code == 2
+    assert "--train FILE" in err
+    assert out == ""
+    code, out, _ = command(*arguments, "--train", files / "train.npz")
+    assert code == 0
+    assert "knn/top1" in out
+    assert "probe/top1" in out
+
+
+def test_plots_are_written_where_asked_only(files, command) -> None:
+    before = set(files.iterdir())
+    assert command("--embeddings", files / "test.npz")[0] == 0
+    assert set(files.iterdir()) == before
+    code, out, _ = command("--embeddings", files / "test.npz", "--plots", files / "new" / "plots")
+    assert code == 0
+    written = {path.name for path in (files / "new" / "plots").iterdir()}
+    assert written == {"verification.npz", "identification.npz", "roc.png", "cmc.png"}
+    assert all(name in out for name in written)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "either a run or --embeddings"),
+        (("some-run", "--embeddings", "test.npz"), "either a run or --embeddings"),
+        (("some-run",), "there is no run 'some-run'"),
+        (("some-run", "--train", "train.npz"), "--train"),
+        (("--embeddings", "none.npz"), "no such file"),
+        (("--embeddings", "test.npz", "-p", "knnn"), "'knn'"),
+    ],
+)
+def test_mistakes_cost_one_message_and_exit_code_2(files, command, monkeypatch, arguments, words) -> None:
+    monkeypatch.chdir(files)
+    code, out, err = command(*arguments)
+    assert code == 2
+    assert words in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def run_id() -> str:
+    """A run folder as training leaves it, with an untrained network, on the digits."""
+    from armillary.components.backbones import build_encoder
+    from armillary.spec.jobs import TrainJob
+    from armillary.spec.loading import dump_job
+    from armillary.training.model import save_encoder
+    from armillary.training.rundir import RunDirectory, RunRecord
+
+    job = TrainJob.model_validate(
+        {
+            "objective": {"name": "normface"},
+            "data": {"name": "digits", "split": "sample"},
+            "backbone": {"name": "small_convnet", "embedding_dim": 16},
+            "evaluate": {"protocols": ["knn", "verification"], "flip": True},
+            "seed": 5,
+        }
+    )
+    run = RunDirectory.create(RunRecord(run_id="digits-0001", name="digits", status="finished"), dump_job(job))
+    encoder = build_encoder(job.backbone, in_channels=1, image_size=(8, 8))
+    save_encoder(run.path / "model", encoder, job, channels=1, image_size=(8, 8))
+    return run.run_id
+
+
+def test_a_run_is_judged_on_its_own_data_by_its_own_job(run_id, command) -> None:
+    from armillary.data.splits import prepare
+    from armillary.evaluation.suite import evaluate_encoder, metrics_of
+    from armillary.spec.jobs import DataSpec
+    from armillary.training.model import load_encoder
+    from armillary.training.rundir import RunDirectory
+
+    code, out, err = command("digits", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["subject"], found["seed"]) == (run_id, 5)
+    data = prepare(DataSpec(name="digits", split="sample"), seed=5)
+    encoder = load_encoder(RunDirectory.find(run_id))
+    again = evaluate_encoder(encoder, data, ["knn", "verification"], flip=True, seed=5)
+    assert found["metrics"] == pytest.approx(metrics_of(again))
+    assert 0.2 < found["metrics"]["knn/top1"] < 1.0
+
+
+def test_a_protocol_that_does_not_fit_the_split_is_refused(run_id, command) -> None:
+    code, _, err = command(run_id, "-p", "clustering")
+    assert code == 2
+    assert "data.split" in err
+
+
+def test_a_run_without_a_model_is_refused(run_id, command) -> None:
+    from armillary.training.rundir import RunDirectory
+
+    (RunDirectory.find(run_id).path / "model" / "model.json").unlink()
+    code, _, err = command(run_id)
+    assert code == 2
+    assert "has no model" in err
