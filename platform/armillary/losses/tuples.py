@@ -136,8 +136,11 @@ def _soft_sum(distance: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         losses = F.softplus(distance.gather(1, column) - distance)
         return torch.where(positive.gather(1, column) & negative, losses, 0).sum(1)
 
+    positives_first = positive.long().argsort(dim=1, descending=True)
     total = distance.new_zeros(len(distance))
-    for column in positive.long().argsort(dim=1, descending=True)[:, : int(positive.sum(1).max())].split(1, dim=1):
+    for place in range(int(positive.sum(1).max())):
+        column = positives_first[:, place : place + 1]
+        # Keeping every positive's (anchors, columns) for the backward pass would be a batch^3 tensor after all.
         total = total + checkpoint(one_positive, distance, column, use_reentrant=False, preserve_rng_state=False)
     return total
 
