@@ -43,7 +43,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(armillary_home: Path, migrated: Path) -> Iterator[mlflow_store.MlflowStore]:
     """The default store of this test's home."""
-    armillary_home.mkdir(parents=True)
+    armillary_home.mkdir(parents=True, exist_ok=True)
     shutil.copy(migrated, armillary_home / "mlflow.db")
     yield mlflow_store.open_store()
     mlflow_store._open.cache_clear()

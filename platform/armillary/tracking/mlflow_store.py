@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from armillary.spec.errors import UserError
 from armillary.spec.home import home, tracking_uri
-from armillary.tracking.records import PREFIX, RUN_ID
+from armillary.tracking.records import MAX_KEY, MAX_TAG, PREFIX, RUN_ID
 
 # (name, value, milliseconds since 1970, step)
 MetricPoint = tuple[str, float, int, int]
@@ -222,13 +222,18 @@ class MlflowStore:
     ) -> None:
         """Writes metric points, parameters and tags in as few calls as MLflow's limits allow.
 
-        A point that is already stored with the same step, time and value is left as it is.
+        A point that is already stored with the same step, time and value is left as it is. MLflow never changes a
+        parameter; one that has another value by now, as after a resume with more workers, becomes a tag
+        ``armillary.now.<name>`` beside the old one.
         """
         from mlflow.entities import Metric, Param, RunTag
 
         metrics = [Metric(*point) for point in points]
-        parameters = [Param(key, value) for key, value in (params or {}).items()]
+        stored = self._call(self._client.get_run, mlflow_id).data.params if params else {}
+        parameters = [Param(key, value) for key, value in (params or {}).items() if key not in stored]
+        changed = {key: value for key, value in (params or {}).items() if stored.get(key, value) != value}
         labels = [RunTag(key, value) for key, value in (tags or {}).items()]
+        labels += [RunTag(f"{PREFIX}now.{key}"[:MAX_KEY], value[:MAX_TAG]) for key, value in changed.items()]
         for part in _parts(metrics, _METRICS_A_CALL):
             self._call(self._client.log_batch, mlflow_id, metrics=part)
         for part in _parts(parameters, _TAGS_A_CALL):
@@ -315,12 +320,15 @@ class MlflowStore:
     def _search_columns(
         self, experiments: list[str], where: Mapping[str, str], finished: bool, deleted: bool, only_ids: bool
     ) -> list[StoredRun]:
-        from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlRun, SqlTag
+        from mlflow.store.tracking.dbmodels import models
         from mlflow.tracking._tracking_service.utils import _get_store
         from sqlalchemy import select
         from sqlalchemy.orm import aliased
 
-        chosen: Any = select(SqlRun.run_uuid).where(SqlRun.experiment_id.in_([int(item) for item in experiments]))
+        # MLflow annotates its columns as plain values, with which no query would type-check.
+        tables: Any = models
+        SqlRun, SqlTag, latest = tables.SqlRun, tables.SqlTag, tables.SqlLatestMetric  # noqa: N806
+        chosen = select(SqlRun.run_uuid).where(SqlRun.experiment_id.in_([int(item) for item in experiments]))
         if finished:
             chosen = chosen.where(SqlRun.status == "FINISHED")
         if not deleted:
@@ -338,7 +346,6 @@ class MlflowStore:
             for run, key, value in rows:
                 tags[run][key] = value
             if not only_ids:
-                latest = SqlLatestMetric
                 columns = select(latest.run_uuid, latest.key, latest.value, latest.is_nan)
                 for run, key, value, is_nan in session.execute(columns.where(latest.run_uuid.in_(chosen))):
                     metrics[run][key] = float("nan") if is_nan else value

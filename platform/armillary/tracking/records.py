@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from armillary.spec.jobs import TrainJob
+from armillary.spec.loading import config_digest
 from armillary.tracking.leaderboard import Row
 from armillary.training.rundir import RunRecord
 
@@ -64,7 +65,10 @@ def changes_of(job: TrainJob) -> dict[str, Any]:
 
 
 def tags_of(record: RunRecord, job: TrainJob) -> dict[str, str]:
-    """The tags by which runs are found, grouped and ranked, all under ``armillary.``."""
+    """The tags by which runs are found, grouped and ranked, all under ``armillary.``.
+
+    ``digest`` names the configuration without seed and fold, in 12 hexadecimal digits.
+    """
     tags: dict[str, Any] = {
         "run_id": record.run_id,
         "objective": job.objective.name,
@@ -76,7 +80,7 @@ def tags_of(record: RunRecord, job: TrainJob) -> dict[str, str]:
         "seed": job.seed,
         "epochs": job.train.epochs,
         "fingerprint": record.fingerprint,
-        "digest": record.digest,
+        "digest": config_digest(job)[:12],
         "status": record.status,
         "created": repr(record.created),
         "seconds": repr(record.seconds),

@@ -18,17 +18,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel
 
-from armillary.spec.environment import resolve
 from armillary.spec.errors import UserError
+from armillary.spec.home import runs_dir
 from armillary.spec.jobs import TrainJob
+from armillary.spec.loading import load_job
 from armillary.tracking.mlflow_store import Ending, MetricPoint, MlflowStore, StoreError, check_uri, open_store, redact
 from armillary.tracking.records import clean_key, params_of, tags_of
-from armillary.training.rundir import RunDirectory, RunRecord, Status, all_runs, write_atomically
+from armillary.training.rundir import RunDirectory, RunRecord, Status, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -230,9 +231,10 @@ def sync(*, all: bool = False, on_run: Callable[[str], None] | None = None) -> S
     report = SyncReport()
     dead: dict[str, str] = {}
     stored: dict[str, set[str]] = {}
-    for run in all_runs():
-        state = load_state(run)
+    for path in sorted(runs_dir().glob("*/run.json")):
+        run, uri = RunDirectory(path.parent), ""
         try:
+            state = load_state(run)
             complete = state is not None and state.complete == stamp(run)
             if complete and not all:
                 continue
@@ -272,14 +274,15 @@ def target(run: RunDirectory) -> tuple[str, str]:
         UserError: an environment variable the URI needs is not set, or it is no URI.
     """
     job, _ = _job(run)
-    where = str(run.path / "job.yaml")
-    return check_uri(resolve(job.tracking.uri, lambda _: where), where=where), job.tracking.experiment
+    return check_uri(job.tracking.uri, where=str(run.path / "job.yaml")), job.tracking.experiment
 
 
 def _job(run: RunDirectory) -> tuple[TrainJob, dict[str, str]]:
     """The job as stored and as parameters; references to secrets stay references."""
-    tree = yaml.safe_load((run.path / "job.yaml").read_text())
-    return TrainJob.model_validate(tree), {key: redact(value) for key, value in params_of(tree).items()}
+    path = run.path / "job.yaml"
+    job = cast(TrainJob, load_job(path, kind="train"))
+    tree = yaml.safe_load(path.read_text())
+    return job, {key: redact(value) for key, value in params_of(tree).items()}
 
 
 def _read_points(path: Path, offset: int) -> tuple[list[MetricPoint], int]:
