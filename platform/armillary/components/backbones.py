@@ -74,8 +74,9 @@ class Pixels(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Takes the mean of training images ``(N, C, H, W)`` in [0, 1]."""
-        self.mean.copy_(images.to(torch.float32).mean(dim=0))
+        """Takes the mean of training images ``(N, C, H, W)``, uint8 or float in [0, 1]."""
+        scale = 255 if images.dtype == torch.uint8 else 1
+        self.mean.copy_(images.to(torch.float32).mean(dim=0) / scale)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(batch, C, H, W)`` in [0, 1] as ``(batch, C * H * W)``."""

@@ -152,17 +152,18 @@ class Views:
         keys = sample_keys(key(_VIEW, seed, epoch, view), index)
         drawn = self.parameters(keys)
         recipe = self.recipe
-        if recipe.flip or recipe.rotation or recipe.zoom or recipe.shift or recipe.crop_scale[0] < 1:
+        cropped = recipe.crop_scale != (1, 1) or recipe.crop_ratio != (1, 1)
+        if recipe.flip or recipe.rotation or recipe.zoom or recipe.shift or cropped:
             pixels = _warp(pixels, self.geometry(drawn, images.shape[-2], images.shape[-1]))
         pixels = _colour(pixels, drawn, recipe)
         if recipe.noise:
-            pixels = pixels.add_(_noise(keys, pixels[0].numel()).view_as(pixels), alpha=recipe.noise)
+            pixels = pixels.add_(_noise(keys, pixels[0].numel()).reshape(pixels.shape), alpha=recipe.noise)
         return pixels.clamp_(0, 1)
 
     def parameters(self, keys: Tensor) -> dict[str, Tensor]:
         """Every sample's draw, ``(B,)`` each; ``flip``, ``jitter`` and ``gray`` are 0 or 1."""
         recipe = self.recipe
-        u = iter(uniforms(keys, 14).unbind(1))
+        u = iter(uniforms(keys, 15).unbind(1))
 
         def between(low: float, high: float) -> Tensor:
             return next(u) * (high - low) + low
@@ -170,7 +171,7 @@ class Views:
         def happens(probability: float) -> Tensor:
             return (next(u) < probability).to(torch.float32)
 
-        drawn = {
+        return {
             "flip": happens(recipe.flip),
             "rotation": between(-recipe.rotation, recipe.rotation),
             "zoom": between(1 - recipe.zoom, 1 + recipe.zoom),
@@ -183,13 +184,10 @@ class Views:
             "jitter": happens(recipe.jitter_p),
             "brightness": between(1 - recipe.brightness, 1 + recipe.brightness),
             "contrast": between(1 - recipe.contrast, 1 + recipe.contrast),
+            "saturation": between(1 - recipe.saturation, 1 + recipe.saturation),
+            "hue": between(-recipe.hue, recipe.hue),
+            "gray": happens(recipe.gray_p),
         }
-        drawn["saturation"] = between(1 - recipe.saturation, 1 + recipe.saturation)
-        drawn["gray"] = happens(recipe.gray_p)
-        # A fifteenth number, from a key of its own so that the others stay what they were without colour.
-        turn = uniforms(keys ^ 1, 1)[:, 0] if recipe.hue else torch.zeros_like(drawn["gray"]) + 0.5
-        drawn["hue"] = (turn * 2 - 1) * recipe.hue
-        return drawn
 
     def geometry(self, drawn: dict[str, Tensor], height: int, width: int) -> Tensor:
         """The map from output to input coordinates ([-1, 1], x to the right), ``(B, 2, 3)``."""
