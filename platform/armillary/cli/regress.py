@@ -44,7 +44,11 @@ def run(
     job = load_regression(file, own)
     settings = _settings(for_jobs)
     _preflight([train for planned, train in expand(job, settings) if planned.seed == job.seeds[0]])
-    result = run_regression(job, _crew_runner(job.concurrent), overrides=settings)
+    try:
+        result = run_regression(job, _crew_runner(job.concurrent), overrides=settings)
+    except KeyboardInterrupt:
+        again = " ".join(["armillary regress run", str(file), *(overrides or [])])
+        raise KeyboardInterrupt(f"The stored result counts as missing; run it again: {again}") from None
     decisions = judge(result)
     _print(result, decisions, json)
     raise typer.Exit(exit_code(decisions))
@@ -217,7 +221,7 @@ def _print(result: RegressionResult, decisions: Sequence[Decision], json: bool) 
     if result.overrides:
         changed = " ".join(f"{key}={value}" for key, value in result.overrides.items())
         out.print(f"run with overrides: {changed}", markup=False)
-    if verdict == "no baseline":
+    elif verdict == "no baseline":
         out.print(f'to accept it: armillary regress bless {result.name} --why "..."', markup=False)
 
 
