@@ -63,6 +63,15 @@ def test_unknown_objective_shows_the_nearest(run: Any) -> None:
     assert "did you mean 'arcface'" in result.stderr
 
 
+def test_names_complete(run: Any, pictures: Path) -> None:
+    from armillary.cli import data, objectives
+
+    assert objectives._complete_objective("arcf") == ["arcface"]
+    run("data", "import", "folder", str(pictures), "--name", "friends")
+    assert data._complete_dataset("fr") == ["friends"]
+    assert data._complete_dataset("x") == []
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Two classes of two 4 x 6 images each, and one file that is no image."""

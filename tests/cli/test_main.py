@@ -34,6 +34,8 @@ def fail(how: str) -> None:
     mistake = UserError("found [red]3[/red]", where="job.yaml:4", key="train.epochs", allowed="a number", hint="try 4")
     if how == "mistake":
         raise mistake
+    if how == "long":
+        raise UserError("no such file " * 30 + "!")
     if how == "remote":
         raise RemoteError(mistake)
     if how == "caused":
@@ -68,10 +70,10 @@ def test_mistake_exits_2_with_its_message_alone(run: Any, how: str, armillary_ho
     assert not armillary_home.exists()
 
 
-def test_long_mistakes_are_not_broken_into_lines(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run("run", "x" * 300 + ".yaml")
-    if result.exit_code == 2:
-        assert "x" * 300 in result.stderr
+def test_long_mistakes_are_not_broken_into_lines(run: Any) -> None:
+    result = run("probe", "long")
+    assert result.exit_code == 2
+    assert f"error: {'no such file ' * 30}!" in result.stderr.splitlines()
 
 
 def test_interrupt_exits_130_and_says_how_to_go_on(run: Any) -> None:
@@ -179,8 +181,8 @@ def test_loading_a_job_imports_no_heavy_package() -> None:
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "probe"])
 def test_help_of_a_command_starts_no_engine(name: str) -> None:
-    code = f"from armillary.cli.main import main\ntry:\n    main([{name!r}, '--help'])\nexcept SystemExit:\n    pass"
-    assert imported_by(code).isdisjoint({"torch", "ray", "mlflow", "deepspeed", "optuna"})
+    code = f"from armillary.cli.main import main\ntry:\n    main([{name!r}, '--help'])\nexcept SystemExit as end:\n"
+    assert imported_by(code + "    assert end.code == 0").isdisjoint({"torch", "ray", "mlflow", "deepspeed", "optuna"})
 
 
 def test_completion_offers_commands_and_subcommands() -> None:
@@ -192,4 +194,3 @@ def test_completion_offers_commands_and_subcommands() -> None:
 
     assert complete("armillary obj").split() == ["objectives"]
     assert set(complete("armillary objectives ").split()) == {"list", "show"}
-    assert complete("armillary objectives show arcf").split() == ["arcface"]

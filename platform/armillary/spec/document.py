@@ -16,7 +16,7 @@ from armillary.spec.errors import UserError
 
 KeyPath = environment.Path
 
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 256 * 1024
 _MAX_DEPTH = 40
 _MAX_NODES = 100_000
 
@@ -36,6 +36,18 @@ class _Loader(yaml.SafeLoader):
     """Composes nodes; what a plain scalar means is decided by the table above alone."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own shape
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As in PyYAML, but ten thousand open brackets stop at the forty-first instead of filling the stack."""
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.composer.ComposerError(
+                problem=f"nested more than {_MAX_DEPTH} levels deep", problem_mark=self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -207,8 +219,6 @@ def parse(text: str, source: str) -> Document:
             where=f"{source}:{line}",
             allowed="YAML, UTF-8 text",
         ) from None
-    except RecursionError:
-        raise UserError("is nested too deeply", where=source, allowed=f"{_MAX_DEPTH} levels") from None
     if node is None or (isinstance(node, yaml.ScalarNode) and node.value == ""):
         raise UserError("the file is empty", where=f"{source}:1", allowed="a mapping, e.g. objective: {name: arcface}")
     reader = _Reader(source)
@@ -227,8 +237,10 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, source: str) -> UserEr
     offending = lines[line].rstrip() if line < len(lines) else ""
     problem = ", ".join(part for part in (error.context, error.problem) if part)
     hint = "indent with spaces, not tabs" if "\t" in offending else None
+    offending = offending.strip()
+    offending = offending if len(offending) <= 80 else f"{offending[:77]}..."
     return UserError(
-        f"not valid YAML: {problem}: {offending.strip()!r}",
+        f"not valid YAML: {problem}: {offending!r}",
         where=f"{source}:{line + 1}",
         allowed="YAML: 'key: value', nested by indentation",
         hint=hint,

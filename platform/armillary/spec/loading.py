@@ -19,11 +19,11 @@ from armillary.spec.errors import UserError, unknown_name
 from armillary.spec.files import find
 from armillary.spec.invalid import show
 from armillary.spec.jobs import Job, Kinds, RegressionJob, StudyJob, SweepJob, TrainJob
-from armillary.spec.overrides import apply_overrides, names_a_section, set_value, split_key, validate, value_at
+from armillary.spec.overrides import apply_overrides, located, names_a_section, set_value, split_key, validate, value_at
 from armillary.spec.section import Section, as_tree
 from armillary.spec.spaces import check_space, read_space
 
-__all__ = ["apply_overrides", "config_digest", "digest", "dump_job", "load_job"]
+__all__ = ["apply_overrides", "config_digest", "digest", "dump_job", "load_job", "located"]
 
 COMMAND_LINE = "command line"
 

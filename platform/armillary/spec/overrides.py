@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from armillary.spec.document import Document, KeyPath
+from armillary.spec.errors import UserError
 from armillary.spec.invalid import explain
 from armillary.spec.jobs import TrainJob
 from armillary.spec.section import OpenSection, Section, as_tree
@@ -32,7 +34,7 @@ def apply_overrides(job: JobType, overrides: Mapping[str, Any], *, where: str | 
     Raises:
         UserError: an unknown key, or a value that is not allowed.
     """
-    document = Document(as_tree(job), {}, where or "overrides")
+    document = Document(as_tree(job), dict(job._places), where or "overrides")
     for key, value in sorted(overrides.items(), key=lambda change: not names_a_section(change[0])):
         set_value(document, split_key(key), value, document.source)
     return validate(type(job), document)
@@ -95,6 +97,35 @@ def validate(model: type[JobType], document: Document) -> JobType:
         UserError: the first mistake, with its place.
     """
     try:
-        return model.model_validate(document.values)
+        job = model.model_validate(document.values)
     except ValidationError as error:
         raise explain(error, model, document.place) from None
+    _remember_places(job, document.places)
+    return job
+
+
+def _remember_places(job: Section, places: dict[KeyPath, str]) -> None:
+    job._places = dict(places)
+    nested: dict[KeyPath, Any] = {("base",): getattr(job, "base", None)}
+    nested |= {("jobs", index, "job"): entry.job for index, entry in enumerate(getattr(job, "jobs", ()))}
+    for slot, inner in nested.items():
+        if isinstance(inner, Section):
+            inner._places = {path[len(slot) :]: place for path, place in places.items() if path[: len(slot)] == slot}
+
+
+@contextmanager
+def located(job: Section) -> Iterator[None]:
+    """Adds file and line to every :class:`UserError` of the block that names a key of ``job`` but no place.
+
+    Other layers check what they own (hyperparameters, protocols, batch sizes) with the job alone; this is how their
+    messages point into the user's file.
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.where is not None or error.key is None:
+            raise
+        where = Document(None, job._places, "").place(split_key(error.key)) or None
+        raise UserError(
+            error.problem, where=where, key=error.key, allowed=error.allowed, hint=error.hint
+        ) from error.__cause__

@@ -28,6 +28,8 @@ class _Discreet(BaseModel):
     # Field name -> the value as given, with FromEnvironment leaves; only fields that hold such a leaf are listed, and
     # never those that are sections themselves, which keep their own list.
     _from_environment: dict[str, Any] = PrivateAttr(default_factory=dict)
+    # Where each path of keys stands in the user's files; only a whole job has any.
+    _places: dict[environment.Path, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -58,6 +60,16 @@ class _Discreet(BaseModel):
         for key, value in super().__repr_args__():
             given = self._from_environment.get(key or "")
             yield key, value if given is None else environment.references(given)
+
+    def __eq__(self, other: object) -> bool:
+        # What a job says makes it equal, not the file it came from.
+        return (
+            isinstance(other, _Discreet)
+            and type(self) is type(other)
+            and self.__dict__ == other.__dict__
+            and self.__pydantic_extra__ == other.__pydantic_extra__
+            and self._from_environment == other._from_environment
+        )
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As in pydantic; a field that is replaced no longer refers to the environment."""
