@@ -142,15 +142,20 @@ def test_the_second_firing_waits_for_the_first(tmp_path: Path) -> None:
 
 
 def test_what_did_not_run_is_in_the_history() -> None:
-    from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobExecutionEvent, JobSubmissionEvent
+    from apscheduler import events
 
     now = datetime.now(UTC)
-    schedule._on_left_out(JobExecutionEvent(EVENT_JOB_MISSED, "nightly", "default", now))
-    schedule._on_left_out(JobSubmissionEvent(EVENT_JOB_MAX_INSTANCES, "nightly", "default", [now]))
-    assert [(item.event, item.verdict) for item in schedule.history()] == [
-        ("missed", "missing"),
-        ("skipped", "missing"),
-    ]
+    full = OSError("no space left on device")
+    for event in (
+        events.JobExecutionEvent(events.EVENT_JOB_MISSED, "nightly", "default", now),
+        events.JobSubmissionEvent(events.EVENT_JOB_MAX_INSTANCES, "nightly", "default", [now]),
+        events.JobExecutionEvent(events.EVENT_JOB_ERROR, "nightly", "default", now, exception=full),
+    ):
+        schedule._on_left_out(event)
+    recorded = schedule.history()
+    assert [item.event for item in recorded] == ["missed", "skipped", "failed"]
+    assert {item.verdict for item in recorded} == {"missing"}
+    assert recorded[2].reason == "OSError: no space left on device"
 
 
 @pytest.fixture

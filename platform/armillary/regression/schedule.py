@@ -51,17 +51,22 @@ _stopping = threading.Event()
 _writing = threading.Lock()
 
 
+Event = Literal["fired", "stopped", "skipped", "missed", "failed"]
+
+
 class Firing(BaseModel):
     """One line of ``history.jsonl``.
 
-    ``run_exit`` and ``check_exit`` are the exit codes of the two commands (``None``: not started, negative: ended by
-    that signal); ``verdict`` is the most alarming one of the check, ``missing`` when there is no fresh result.
+    ``event``: ``fired``; ``stopped`` together with the scheduler; ``skipped`` because the previous firing was still
+    going; ``missed`` by more than the grace; ``failed`` in the scheduler itself. ``run_exit`` and ``check_exit`` are
+    the exit codes of the two commands (``None``: not started, negative: ended by that signal). ``verdict`` is the most
+    alarming one of the check, ``missing`` when there is no fresh result.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    event: Literal["fired", "skipped", "missed", "stopped"]
+    event: Event
     time: float
     verdict: Verdict
     reason: str = ""
@@ -173,7 +178,8 @@ def up(announce: Callable[[], None] | None = None) -> None:
 
     with _only_one(), _signals_as_interrupt():
         scheduler = _configured(BlockingScheduler)
-        scheduler.add_listener(_on_left_out, events.EVENT_JOB_MISSED | events.EVENT_JOB_MAX_INSTANCES)
+        left_out = events.EVENT_JOB_MISSED | events.EVENT_JOB_MAX_INSTANCES | events.EVENT_JOB_ERROR
+        scheduler.add_listener(_on_left_out, left_out)
         if announce:
             scheduler.add_listener(lambda _: announce(), events.EVENT_SCHEDULER_STARTED)
         looker = threading.Thread(target=_look_for_new_jobs, args=(scheduler,), daemon=True)
@@ -287,23 +293,16 @@ def _record(firing: Firing) -> Firing:
 
 def _on_left_out(event: Any) -> None:
     """A night without a run is an entry too, never a gap."""
-    from apscheduler.events import EVENT_JOB_MISSED
+    from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MISSED
 
-    missed = event.code == EVENT_JOB_MISSED
-    reason = (
-        f"the scheduler came more than {MISFIRE_GRACE_SECONDS // 60} minutes late"
-        if missed
-        else "its previous run was still going"
-    )
-    _record(
-        Firing(
-            name=event.job_id,
-            event="missed" if missed else "skipped",
-            time=time.time(),
-            verdict="missing",
-            reason=reason,
-        )
-    )
+    what: Event
+    if event.code == EVENT_JOB_ERROR:
+        what, reason = "failed", f"{type(event.exception).__name__}: {event.exception}"
+    elif event.code == EVENT_JOB_MISSED:
+        what, reason = "missed", f"the scheduler came more than {MISFIRE_GRACE_SECONDS // 60} minutes late"
+    else:
+        what, reason = "skipped", "its previous run was still going"
+    _record(Firing(name=event.job_id, event=what, time=time.time(), verdict="missing", reason=reason))
 
 
 def _configured(kind: Callable[..., Any]) -> Any:
