@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from armillary.evaluation.result import EvaluationSet, Floats, Ints, ProtocolResult
 from armillary.evaluation.similarity import block_rows, grid_scores, normalize
@@ -30,13 +29,13 @@ class QueryBlock:
         mates: ``(q,)`` other images of that class; at least 1.
         scores: ``(q, n)`` in grid units; mates half a unit lower (so that ties count against them), the query itself
             minus infinity.
-        is_mate: ``(q, n)``.
+        best: ``(q,)`` the score of each query's best-placed mate.
     """
 
     label: Ints
     mates: Ints
     scores: Floats
-    is_mate: NDArray[np.bool_]
+    best: Floats
 
 
 class Rankings:
@@ -54,7 +53,7 @@ class Rankings:
     def __init__(self, data: EvaluationSet, protocol: str, *, elements: int | None = None) -> None:
         sizes = np.bincount(data.labels)[data.labels]
         order = np.lexsort((data.labels, sizes))
-        self.points, self.labels, self.mates = normalize(data.embeddings)[order], data.labels[order], sizes[order] - 1
+        self.points, self.labels, self.mates = normalize(data.embeddings, order), data.labels[order], sizes[order] - 1
         self.elements = elements
         self.first = int(np.searchsorted(self.mates, 1))
         self.count = len(order) - self.first
@@ -62,24 +61,27 @@ class Rankings:
             raise UserError(f"{protocol} needs a class with two images or more; every evaluated class has one")
 
     def __iter__(self) -> Iterator[QueryBlock]:
-        step = block_rows(len(self.labels), self.elements)
-        for start in range(self.first, len(self.labels), step):
-            rows = np.arange(start, min(start + step, len(self.labels)))
-            scores = grid_scores(self.points[rows], self.points)
-            is_mate = self.labels[rows, None] == self.labels[None, :]
-            here = np.arange(len(rows))
-            is_mate[here, rows] = False
-            scores -= 0.5 * is_mate
-            scores[here, rows] = -np.inf
-            yield QueryBlock(self.labels[rows], self.mates[rows], scores, is_mate)
+        size = len(self.labels)
+        # Sorted by class, so that the images of a query's class are neighbours.
+        changes = np.flatnonzero(np.diff(self.labels)) + 1
+        borders = np.concatenate(([0], changes, [size]))
+        step = block_rows(size, self.elements)
+        for start in range(self.first, size, step):
+            stop = min(start + step, size)
+            scores = grid_scores(self.points[start:stop], self.points)
+            best = np.empty(stop - start)
+            own = np.searchsorted(borders, np.arange(start, stop), side="right")
+            for row, (first, last) in enumerate(zip(borders[own - 1], borders[own], strict=True)):
+                mates = scores[row, first:last]
+                mates -= 0.5
+                scores[row, start + row] = -np.inf
+                best[row] = mates.max()
+            yield QueryBlock(self.labels[start:stop], self.mates[start:stop], scores, best)
 
 
 def first_mate_ranks(rankings: Rankings) -> Ints:
     """The rank (from 1) of each query's best-placed mate."""
-    ranks = []
-    for block in rankings:
-        best = np.where(block.is_mate, block.scores, -np.inf).max(axis=1)
-        ranks.append(1 + np.count_nonzero(block.scores > best[:, None], axis=1))
+    ranks = [1 + np.count_nonzero(block.scores > block.best[:, None], axis=1) for block in rankings]
     return np.concatenate(ranks).astype(np.int64)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from armillary.evaluation.result import Floats
+from armillary.evaluation.result import Floats, Ints
 
 # Scores are kept as whole numbers of 2**-40, in float64. Copies of one image, or a collapsed encoder, give scores that
 # are equal in mathematics and differ in the last bits of a matrix product, by how it was blocked; on the grid they tie.
@@ -14,13 +14,21 @@ GRID = 2.0**40
 BLOCK_ELEMENTS = 1 << 22
 
 
-def normalize(embeddings: Floats) -> Floats:
-    """Rows divided by their L2 norm, ``(n, d)``; a zero row stays zero, and so has similarity 0 with everything."""
+def normalize(embeddings: Floats, order: Ints | None = None) -> Floats:
+    """Rows divided by their L2 norm, ``(n, d)``; a zero row stays zero, and so has similarity 0 with everything.
+
+    Args:
+        embeddings: ``(n, d)``, left as they are.
+        order: the rows to take, in order; all of them when ``None``.
+    """
+    # One copy and no temporary of its size: large sets are the reason to be here.
+    points = embeddings.copy() if order is None else embeddings[order]
     # Dividing by the largest magnitude first keeps the squares from overflowing or vanishing.
-    largest = np.abs(embeddings).max(axis=1, keepdims=True)
-    scaled = embeddings / np.where(largest > 0, largest, 1.0)
-    norms = np.linalg.norm(scaled, axis=1, keepdims=True)
-    return np.asarray(scaled / np.where(norms > 0, norms, 1.0))
+    largest = np.maximum(points.max(axis=1), -points.min(axis=1))
+    points /= np.where(largest > 0, largest, 1.0)[:, None]
+    norms = np.sqrt(np.einsum("nd,nd->n", points, points))
+    points /= np.where(norms > 0, norms, 1.0)[:, None]
+    return points
 
 
 def grid_scores(rows: Floats, columns: Floats) -> Floats:

@@ -35,7 +35,7 @@ class AllPairs:
 
     def __init__(self, embeddings: Floats, labels: Ints, *, elements: int | None = None) -> None:
         order = np.argsort(labels, kind="stable")
-        self.points, ordered = normalize(embeddings)[order], labels[order]
+        self.points, ordered = normalize(embeddings, order), labels[order]
         self.ends: Ints = np.searchsorted(ordered, ordered, side="right")
         self.elements = elements
         size, rows = len(ordered), np.arange(len(ordered))
