@@ -71,7 +71,7 @@ class LazyCommand(TyperCommand):
 class LazyGroup(TyperGroup):
     """The root command: its subcommands come from :data:`COMMANDS`, its errors become messages and exit codes."""
 
-    def __init__(self, *, commands: object = None, **attributes: Any) -> None:  # noqa: ARG002
+    def __init__(self, *, commands: object = None, **attributes: Any) -> None:
         super().__init__(commands={name: LazyCommand(name, entry) for name, entry in COMMANDS.items()}, **attributes)
 
     def invoke(self, ctx: Any) -> Any:
@@ -96,7 +96,7 @@ class LazyGroup(TyperGroup):
 def _report(error: Exception, *, debug: bool) -> int:
     """Prints a failure and returns the exit code it deserves."""
     from armillary.cli.console import err, print_error
-    from armillary.spec.errors import UserError
+    from armillary.spec.errors import UserError, WorkFailed
 
     # Ray wraps what a worker raises; the user's mistake is then the cause.
     cause: BaseException | None = error
@@ -108,6 +108,9 @@ def _report(error: Exception, *, debug: bool) -> int:
             print_error(cause)
             return 2
         cause = inner if isinstance(inner, BaseException) else cause.__cause__
+    if isinstance(error, WorkFailed):
+        err.print(str(error), style="red", markup=False, soft_wrap=True)
+        return 1
     if debug:
         traceback.print_exception(error)
         place = ""

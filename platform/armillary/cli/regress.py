@@ -182,15 +182,12 @@ def _preflight(jobs: Sequence[TrainJob]) -> None:
 
 
 def _crew_runner(concurrent: int) -> Any:
-    from armillary.cli.console import print_note
+    from armillary.cli.progress import progress
     from armillary.sweeps.matrix import run_matrix
 
     def runner(submissions: Sequence[Submission], on_result: OnResult) -> list[RunRecord]:
-        print_note(f"{len(submissions)} runs, {concurrent} at a time")
-        records = run_matrix(submissions, concurrent)
-        for position, record in enumerate(records):
-            on_result(position, record)
-        return list(records)
+        with progress(f"{len(submissions)} runs", [item.job for item in submissions]) as bar:
+            return run_matrix(submissions, concurrent, on_report=bar.report, on_result=on_result)
 
     return runner
 

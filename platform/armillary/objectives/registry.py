@@ -105,7 +105,7 @@ def describe(name: str) -> dict[str, Any]:
         "name": cls.name,
         "family": cls.family,
         "catalog_id": cls.catalog_id,
-        "summary": (cls.__doc__ or "").strip().splitlines()[0],
+        "summary": (cls.__doc__ or "").strip().split("\n")[0],
         "needs": cls.needs.as_dict(),
         "hyperparameters": [
             {

@@ -49,7 +49,7 @@ class Triplet(Objective):
         """Class-balanced batches with the wanted number of images per class."""
         return replace(cls.needs, samples_per_class=hyperparameters.samples_per_class)
 
-    def build(self, context: BuildContext) -> None:  # noqa: ARG002
+    def build(self, context: BuildContext) -> None:
         """Makes the loss, which has no parameters."""
         self.loss = losses.Triplet(**self.hyperparameters.model_dump(exclude={"samples_per_class"}))
 

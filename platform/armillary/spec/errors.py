@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and the helpers that make its message kind."""
+"""The exception for a user's mistake, the one for failed work, and the helpers that make messages kind."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ class UserError(Exception):
 
 def _rebuild(problem: str, where: str | None, key: str | None, allowed: str | None, hint: str | None) -> UserError:
     return UserError(problem, where=where, key=key, allowed=allowed, hint=hint)
+
+
+class WorkFailed(Exception):  # noqa: N818 - reads as a statement where it is caught
+    """The world failed, not the user: the message says what was kept and how to go on; exit code 1, no traceback."""
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:

@@ -1,1 +1,1 @@
-"""sweeps."""
+"""Sweeps and studies: many runs that answer one question."""

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from armillary.spec.errors import UserError
+from armillary.spec.errors import UserError, WorkFailed
 from armillary.spec.home import home, tracking_uri
-from armillary.tracking.records import MAX_KEY, MAX_TAG, PREFIX, RUN_ID
+from armillary.tracking.records import MAX_KEY, MAX_TAG, PREFIX, ROW_TAGS, RUN_ID
 
 # (name, value, milliseconds since 1970, step)
 MetricPoint = tuple[str, float, int, int]
@@ -35,7 +35,7 @@ _SECRET_QUERY = re.compile(r"([?&](?:password|passwd|pwd|token|secret)=)[^&\s'\"
 _SECRET_USER = re.compile(r"(://[^/@:\s]*):[^@\s]*@")
 
 
-class StoreError(Exception):
+class StoreError(WorkFailed):
     """The store cannot be reached or refuses; what was to be written is still in the run folder."""
 
 
@@ -274,7 +274,7 @@ class MlflowStore:
         deleted: bool = False,
         only_ids: bool = False,
     ) -> list[StoredRun]:
-        """Armillary's runs with their tags and last metric values.
+        """Armillary's runs with the tags of a leaderboard row and the last metric values.
 
         Databases are read column by column, which is some thirty times faster than MLflow's search, servers by paged
         search.
@@ -310,7 +310,7 @@ class MlflowStore:
                 page_token=token,
             )
             for run in page:
-                tags = {key: value for key, value in run.data.tags.items() if key.startswith(PREFIX)}
+                tags = {key: value for key, value in run.data.tags.items() if key in ROW_TAGS}
                 if RUN_ID in tags:
                     runs.append(StoredRun(tags, dict(run.data.metrics)))
             token = page.token
@@ -336,7 +336,7 @@ class MlflowStore:
         for key, value in where.items():
             tag = aliased(SqlTag)
             chosen = chosen.join(tag, tag.run_uuid == SqlRun.run_uuid).where(tag.key == key, tag.value == value)
-        wanted = SqlTag.key == RUN_ID if only_ids else SqlTag.key.startswith(PREFIX, autoescape=True)
+        wanted = SqlTag.key.in_([RUN_ID] if only_ids else ROW_TAGS)
         tags: dict[str, dict[str, str]] = defaultdict(dict)
         metrics: dict[str, dict[str, float]] = defaultdict(dict)
         with _translated(self.uri), _get_store(self._uri).ManagedSessionMaker() as session:

@@ -15,6 +15,15 @@ from armillary.training.rundir import RunRecord
 PREFIX = "armillary."
 RUN_ID = PREFIX + "run_id"
 
+# What a leaderboard row is made of.
+ROW_TAGS = tuple(
+    PREFIX + name
+    for name in (
+        *("run_id", "objective", "backbone", "dataset", "fingerprint", "split", "holdout", "digest"),
+        *("epochs", "fold", "seed", "created", "variant", "group", "changes"),
+    )
+)
+
 # MLflow refuses longer values; see MAX_PARAM_VAL_LENGTH and MAX_TAG_VAL_LENGTH in mlflow.utils.validation.
 MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 5000, 250
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from armillary.spec.jobs import TrainJob
 from armillary.tracking.mlflow_store import check_uri
 from armillary.tracking.spool import Flusher, target
@@ -15,6 +17,7 @@ def run_tracked(
     resume: RunDirectory | None = None,
     group: str | None = None,
     variant: str | None = None,
+    on_start: Callable[[RunDirectory], None] | None = None,
     on_epoch: OnReport | None = None,
 ) -> RunRecord:
     """Trains a job and records it while it runs; a store that does not answer never stops the training.
@@ -24,7 +27,8 @@ def run_tracked(
         resume: take this run up again from its last checkpoint.
         group: the sweep, study or regression the run belongs to, as ``kind/name``.
         variant: its row there.
-        on_epoch: called in this process after every epoch; returning ``"stop"`` ends the run.
+        on_start: called with the run's folder before training starts.
+        on_epoch: called in this process after every epoch.
 
     Raises:
         UserError: the job, or its tracking URI, cannot be right; nothing was started.
@@ -38,6 +42,8 @@ def run_tracked(
         flusher = Flusher(run, uri, job.tracking.experiment)
         flusher.start()
         flushers.append(flusher)
+        if on_start:
+            on_start(run)
 
     try:
         return run_job(job, resume=resume, group=group, variant=variant, on_start=begin, on_report=on_epoch)

@@ -15,10 +15,8 @@ import gc
 import secrets
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +24,8 @@ from armillary import collectives
 from armillary.data.splits import PreparedData, prepare
 from armillary.spec.jobs import DataSpec, TrainJob
 from armillary.training.api import OnReport, Submission
-from armillary.training.launch import make_trainer, set_threads
+from armillary.training.desk import NAMESPACE, Desk, TrialHandle
+from armillary.training.launch import innermost, make_trainer, set_threads
 from armillary.training.loop import execute
 from armillary.training.preflight import check_capacity, local_capacity, plan
 from armillary.training.records import create_run
@@ -34,75 +33,6 @@ from armillary.training.rundir import RunDirectory, RunRecord
 from armillary.training.session import ray_session
 
 _IDLE_SECONDS = 0.05
-
-
-@dataclass
-class _Task:
-    run: str
-    job: TrainJob
-    reports: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    stop: bool = False
-    done: bool = False
-    error: str | None = None
-    crew: int | None = None
-
-
-class Desk:
-    """Where runs wait, and where crews report. A plain class; the pool makes it a named Ray actor."""
-
-    def __init__(self) -> None:
-        self._tasks: OrderedDict[str, _Task] = OrderedDict()
-        self._waiting: deque[str] = deque()
-        self._open = True
-
-    def submit(self, run: str, job: TrainJob) -> str:
-        """Queues a run (its folder's path); returns its run id."""
-        run_id = Path(run).name
-        self._tasks[run_id] = _Task(run, job)
-        self._waiting.append(run_id)
-        return run_id
-
-    def next(self, crew: int) -> tuple[str, TrainJob] | Literal["wait", "close"]:
-        """The next run for an idle crew."""
-        if self._waiting:
-            task = self._tasks[self._waiting.popleft()]
-            task.crew = crew
-            return task.run, task.job
-        return "wait" if self._open else "close"
-
-    def report(self, run_id: str, step: int, metrics: dict[str, float]) -> Literal["continue", "stop"]:
-        """Takes an epoch's metrics and says whether to go on."""
-        task = self._tasks[run_id]
-        task.reports.append((step, metrics))
-        return "stop" if task.stop else "continue"
-
-    def finish(self, run_id: str, error: str | None) -> None:
-        """Marks a run as ended; ``error`` when it raised."""
-        task = self._tasks[run_id]
-        task.done, task.error = True, error
-
-    def poll(self, run_id: str, seen: int) -> tuple[list[tuple[int, dict[str, float]]], bool, str | None]:
-        """The reports after the first ``seen``, whether the run has ended, and its error."""
-        task = self._tasks[run_id]
-        return task.reports[seen:], task.done, task.error
-
-    def stop(self, run_id: str) -> None:
-        """Asks a run to stop at its next report; one still waiting never starts."""
-        task = self._tasks[run_id]
-        task.stop = True
-        if run_id in self._waiting:
-            self._waiting.remove(run_id)
-            task.done = True
-
-    def crew_lost(self, crew: int, reason: str) -> None:
-        """Ends the runs a dead crew was working on."""
-        for task in self._tasks.values():
-            if task.crew == crew and not task.done:
-                task.done, task.error = True, reason
-
-    def close(self) -> None:
-        """Sends crews home once nothing waits."""
-        self._open = False
 
 
 class CrewPool:
@@ -118,21 +48,20 @@ class CrewPool:
         self,
         submissions: Sequence[Submission],
         on_report: OnReport | None = None,
-        on_start: Callable[[RunDirectory], None] | None = None,
-        on_finish: Callable[[RunDirectory], None] | None = None,
+        on_finish: Callable[[int, RunDirectory], None] | None = None,
     ) -> list[RunRecord]:
-        """Trains every submission and returns the records in the same order; a failed run is a record, not an exception.
+        """Trains every submission; the records come in the same order, those of failed runs included.
 
         Raises:
             UserError: one of the jobs cannot run; nothing was started.
         """
-        load = _remembering_prepare()
+        load = remembering_prepare()
         plans = [plan(item.job, prepared=load) for item in submissions]
-        runs = [create_run(ready, item.group, item.variant) for ready, item in zip(plans, submissions, strict=True)]
+        runs = [
+            create_run(item.job, ready.data.fingerprint, group=item.group, variant=item.variant)
+            for ready, item in zip(plans, submissions, strict=True)
+        ]
         handles = [TrialHandle(self.desk, run, item.job) for run, item in zip(runs, submissions, strict=True)]
-        if on_start:
-            for run in runs:
-                on_start(run)
         pending = list(handles)
         try:
             while pending:
@@ -144,42 +73,13 @@ class CrewPool:
                         pending.remove(handle)
                         handle.settle()
                         if on_finish:
-                            on_finish(handle.run)
+                            on_finish(handles.index(handle), handle.run)
                 time.sleep(_IDLE_SECONDS)
         except KeyboardInterrupt:
             for handle in pending:
                 handle.run.update(status="stopped", error="interrupted")
             raise
         return [run.record() for run in runs]
-
-
-class TrialHandle:
-    """One run at the desk, seen from whoever submitted it."""
-
-    def __init__(self, desk: str, run: RunDirectory, job: TrainJob) -> None:
-        import ray
-
-        self._get = ray.get
-        self._desk = ray.get_actor(desk)
-        self.run, self._seen, self.done, self.error = run, 0, False, None
-        self._get(self._desk.submit.remote(str(run.path), job))
-
-    def new_reports(self) -> list[tuple[int, dict[str, float]]]:
-        """Reports that came since the last call; ``done`` turns true when the run has ended."""
-        reports, self.done, self.error = self._get(self._desk.poll.remote(self.run.run_id, self._seen))
-        self._seen += len(reports)
-        return reports  # type: ignore[no-any-return]
-
-    def stop(self) -> None:
-        """Ends the run at its next report."""
-        self._get(self._desk.stop.remote(self.run.run_id))
-
-    def settle(self) -> RunRecord:
-        """The record of an ended run; a crash is written into it."""
-        record = self.run.record()
-        if record.status in ("created", "running"):
-            record = self.run.update(status="failed" if self.error else "stopped", error=self.error)
-        return record
 
 
 @contextmanager
@@ -197,7 +97,7 @@ def crew_pool(template: TrainJob, crews: int) -> Iterator[CrewPool]:
         most = max(1, int(capacity.get("CPU", 1) // template.train.workers))
         count = min(crews, most)
         name = f"desk-{secrets.token_hex(4)}"
-        desk = ray.remote(num_cpus=0, max_concurrency=1)(Desk).options(name=name).remote()
+        desk: Any = ray.remote(num_cpus=0)(Desk).options(name=name, namespace=NAMESPACE).remote()
         threads = [_Crew(number, name, template, count) for number in range(count)]
         for thread in threads:
             thread.start()
@@ -220,7 +120,6 @@ class _Crew(threading.Thread):
         from ray.train import RunConfig, TrainingFailedError
 
         from armillary.spec.home import home
-        from armillary.training.launch import _innermost
 
         train = self.template.train
         share = max(1, int(local_capacity()["CPU"]) // (self.crews * train.workers))
@@ -235,11 +134,11 @@ class _Crew(threading.Thread):
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            desk = ray.get_actor(self.desk)
-            ray.get(desk.crew_lost.remote(self.number, f"the crew was lost: {_innermost(error)}"))
+            desk: Any = ray.get_actor(self.desk, namespace=NAMESPACE)
+            ray.get(desk.crew_lost.remote(self.number, f"the crew was lost: {innermost(error)}"))
 
 
-def _remembering_prepare() -> Callable[..., PreparedData]:
+def remembering_prepare() -> Callable[..., PreparedData]:
     """A ``prepare`` that loads the same data once; seeds matter only under label noise."""
 
     @functools.lru_cache(maxsize=8)
@@ -253,13 +152,12 @@ def _serve(config: dict[str, Any]) -> None:
     """What each worker of a crew runs: rank 0 fetches runs from the desk, all train them."""
     import ray
 
-    desk = ray.get_actor(config["desk"], namespace="armillary")
+    desk = ray.get_actor(config["desk"], namespace=NAMESPACE)
     set_threads(config["template"])
-    load = _remembering_prepare()
+    load = remembering_prepare()
     leads = collectives.rank() == 0
     while True:
-        order = ray.get(desk.next.remote(config["crew"])) if leads else None
-        order = collectives.broadcast_object(order)
+        order: Any = collectives.broadcast_object(ray.get(desk.next.remote(config["crew"])) if leads else None)
         if order == "close":
             return
         if order == "wait":
@@ -276,11 +174,10 @@ def _serve(config: dict[str, Any]) -> None:
 def _one(desk: Any, run: RunDirectory, job: TrainJob, load: Callable[..., PreparedData]) -> str | None:
     import ray
 
-    def report(step: int, metrics: Mapping[str, float], folder: Path | None) -> Literal["continue", "stop"]:
-        answer = None
-        if collectives.rank() == 0:
-            answer = ray.get(desk.report.remote(run.run_id, step, dict(metrics)))
-        return collectives.broadcast_object(answer)  # type: ignore[no-any-return]
+    def report(step: int, metrics: Mapping[str, float], _: Path | None) -> Literal["continue", "stop"]:
+        leads = collectives.rank() == 0
+        answer = ray.get(desk.report.remote(run.run_id, step, dict(metrics))) if leads else None
+        return "stop" if collectives.broadcast_object(answer) == "stop" else "continue"
 
     try:
         execute(lambda: plan(job, prepared=load, capacity={"CPU": float("inf"), "GPU": float("inf")}), run, report)

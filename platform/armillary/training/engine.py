@@ -125,10 +125,9 @@ class Engine:
         encoder = self.objective.encoder
         sharded = [p for p in encoder.parameters() if hasattr(p, "ds_id")]
         with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-            for target, source in zip(template.parameters(), encoder.parameters(), strict=True):
-                target.copy_(source)
-            for target, source in zip(template.buffers(), encoder.buffers(), strict=True):
-                target.copy_(source)
+            state = encoder.state_dict()
+            for name, target in template.state_dict().items():
+                target.copy_(state[name])
         return template
 
     def close(self) -> None:
@@ -140,9 +139,11 @@ class Engine:
     def fragments(self, *, share: bool) -> Iterator[Fragment]:
         """This worker's part of every parameter, with optimizer state.
 
-        What every worker holds whole is divided among them if ``share`` (to write it once), else given whole (to fill it).
+        What every worker holds whole is divided among them if ``share`` (to write it once), else given whole (to fill
+        it).
         """
-        parameters = dict(self.objective.named_parameters())
+        # DeepSpeed hangs attributes of its own on parameters; Any lets the type checker pass.
+        parameters: dict[str, Any] = dict(self.objective.named_parameters())
         optimizer = self._engine.optimizer
         for name in self.names:
             parameter = parameters[name]
@@ -161,7 +162,7 @@ class Engine:
                 here = mapping.hp_fragment_address
                 yield _cut(optimizer, flat, name, mapping.lp_fragment_address.start, here.start, here.numel)
 
-    def _frozen(self, name: str, parameter: Tensor, share: bool) -> Fragment:
+    def _frozen(self, name: str, parameter: Any, share: bool) -> Fragment:
         if self.stage < 3:
             return _replicated(name, parameter, {}, share)
         shard = parameter.ds_tensor
@@ -247,7 +248,8 @@ class Engine:
 
     def _spread(self, reader: ShardReader) -> None:
         """Brings the working parameters in line with the master copies."""
-        for name, parameter in self.objective.named_parameters():
+        parameters: dict[str, Any] = dict(self.objective.named_parameters())
+        for name, parameter in parameters.items():
             if self.stage < 3:
                 parameter.data.copy_(reader.whole("param", name).view(parameter.shape))
                 continue

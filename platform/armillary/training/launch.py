@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from armillary.spec.errors import UserError
+from armillary.spec.errors import UserError, WorkFailed
 from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import dump_job
 from armillary.training.api import OnReport
@@ -19,10 +19,6 @@ from armillary.training.session import ray_session
 
 CHECKPOINTS = "checkpoints"
 _POLL_SECONDS = 0.2
-
-
-class RunFailed(Exception):  # noqa: N818 - reads as a statement where it is caught
-    """A run ended without a result; the message says why and how to go on."""
 
 
 def run_job(
@@ -47,12 +43,12 @@ def run_job(
 
     Raises:
         UserError: the job cannot run; nothing was started.
-        RunFailed: training broke off; what was checkpointed is kept.
+        WorkFailed: training broke off; what was checkpointed is kept.
     """
     ready = plan(job)
     with ray_session(job.cluster.address) as capacity:
         check_capacity(job, capacity)
-        run = resume or create_run(ready, group, variant)
+        run = resume or create_run(job, ready.data.fingerprint, group=group, variant=variant)
         if resume:
             write_atomically(run.path / "job.yaml", dump_job(job))
         if on_start:
@@ -69,7 +65,7 @@ def run_job(
         return record
     reason = record.error or thread.problem or "the workers ended without a result"
     run.update(status="failed", error=reason)
-    raise RunFailed(f"run {run.run_id} failed: {reason}\n  resume it with: armillary run --resume {run.run_id}")
+    raise WorkFailed(f"run {run.run_id} failed: {reason}\n  resume it with: armillary run --resume {run.run_id}")
 
 
 class _Fit(threading.Thread):
@@ -97,7 +93,7 @@ class _Fit(threading.Thread):
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            self.problem = _innermost(error)
+            self.problem = innermost(error)
 
 
 def make_trainer(
@@ -122,12 +118,13 @@ def make_trainer(
     )
 
 
-def _innermost(error: BaseException) -> str:
+def innermost(error: BaseException) -> str:
+    """What really went wrong, without the layers Ray wraps around it; one entry a failed worker."""
     failures = getattr(error, "worker_failures", None)
     if failures:
-        return "; ".join(f"worker {rank}: {_innermost(failure)}" for rank, failure in sorted(failures.items()))
+        return "; ".join(f"worker {rank}: {innermost(failure)}" for rank, failure in sorted(failures.items()))
     cause = getattr(error, "cause", None) or error.__cause__
-    return _innermost(cause) if cause is not None else f"{type(error).__name__}: {error}"
+    return innermost(cause) if cause is not None else f"{type(error).__name__}: {error}"
 
 
 def _follow(run: RunDirectory, thread: threading.Thread, on_report: OnReport | None) -> None:

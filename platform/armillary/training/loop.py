@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from armillary import collectives
 from armillary.components.normalization import convert_batch_norm
 from armillary.data.loader import Batches
-from armillary.evaluation import protocols
-from armillary.evaluation.extract import extract
+from armillary.evaluation import suite
+from armillary.evaluation.result import ProtocolResult
 from armillary.objectives import Batch
 from armillary.spec.errors import UserError
 from armillary.spec.loading import digest
@@ -66,7 +66,8 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
         return Outcome(_conclude(plan, run, plan.build().encoder), stopped=False)
     device = worker_device()
     torch.manual_seed(job.seed)
-    objective = convert_batch_norm(plan.build())
+    objective = plan.build()
+    convert_batch_norm(objective)
     torch.manual_seed(job.seed)
     replica = convert_batch_norm(plan.build().encoder)  # filled with the trained weights whenever they are evaluated
     batches = Batches(
@@ -203,43 +204,31 @@ def _resume(engine: Engine, folder: Path, plan: Plan) -> int:
     return epoch
 
 
-def _evaluate(plan: Plan, encoder: nn.Module) -> tuple[dict[str, float], dict[str, dict[str, np.ndarray]]]:
-    """Metrics on every worker, curves on rank 0, which alone computes them."""
+def _evaluate(plan: Plan, encoder: nn.Module) -> tuple[dict[str, float], dict[str, ProtocolResult]]:
+    """Metrics on every worker; whole results on rank 0, which alone computes them."""
     metrics: dict[str, float] = {}
-    curves: dict[str, dict[str, np.ndarray]] = {}
+    results: dict[str, ProtocolResult] = {}
     if collectives.rank() == 0:
-        spec, data = plan.job.evaluate, plan.data
-        device = worker_device()
-        encoder = encoder.to(device)
-
-        def embed(images: Tensor) -> Tensor:
-            return extract(encoder, images, batch_size=spec.batch_size, flip=spec.flip, device=device)
-
-        embeddings = embed(data.evaluation.images)
-        needs_train = any(protocols.requirements(name).needs_train for name in spec.protocols)
-        gallery = embed(data.train.images) if needs_train else None
-        for name in spec.protocols:
-            wants = protocols.requirements(name).needs_train
-            result = protocols.evaluate(
-                name,
-                embeddings,
-                data.evaluation.label,
-                train_embeddings=gallery if wants else None,
-                train_labels=data.train.label if wants else None,
-                seed=plan.job.seed,
-            )
-            metrics |= result.metrics
-            curves[name] = result.curves
-    return collectives.broadcast_object(metrics), curves
+        spec, device = plan.job.evaluate, worker_device()
+        results = suite.evaluate_encoder(
+            encoder.to(device),
+            plan.data,
+            spec.protocols,
+            batch_size=spec.batch_size,
+            flip=spec.flip,
+            device=device,
+            seed=plan.job.seed,
+        )
+        metrics = suite.metrics_of(results)
+    return collectives.broadcast_object(metrics), results
 
 
 def _conclude(plan: Plan, run: RunDirectory, encoder: nn.Module) -> dict[str, float]:
     """Final evaluation; rank 0 writes the model, the curves and the metrics."""
-    metrics, curves = _evaluate(plan, encoder)
+    metrics, results = _evaluate(plan, encoder)
     if collectives.rank() == 0:
         images = plan.data.train.images
         save_encoder(run.path / "model", encoder, plan.job, images.shape[1], (images.shape[2], images.shape[3]))
-        for name, arrays in curves.items():
-            np.savez_compressed(run.path / "evaluation" / f"{name}.npz", **arrays)
+        suite.save_curves(results, run.path / "evaluation")
         write_atomically(run.path / "evaluation" / "metrics.json", json.dumps(metrics, indent=2))
     return metrics

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from armillary.components.backbones import build_encoder
+from armillary.components.backbones import Pixels, build_encoder
 from armillary.data.loader import check_batches
 from armillary.data.splits import PreparedData, prepare
 from armillary.data.views import Views, make_views
-from armillary.evaluation import protocols
+from armillary.evaluation.suite import check_protocols
 from armillary.objectives import BuildContext, Needs, Objective, registry
 from armillary.spec.errors import UserError
 from armillary.spec.jobs import TrainJob
+from armillary.spec.loading import located
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,9 @@ class Plan:
         objective = registry.get(self.job.objective.name)
         hyperparameters = registry.hyperparameters(self.job.objective.name, self.job.objective.options)
         train = self.data.train
-        encoder = build_encoder(
-            self.job.backbone, in_channels=train.images.shape[1], image_size=tuple(train.images.shape[2:])
-        )
-        if hasattr(encoder, "fit"):
+        _, channels, height, width = train.images.shape
+        encoder = build_encoder(self.job.backbone, in_channels=channels, image_size=(height, width))
+        if isinstance(encoder, Pixels):
             encoder.fit(train.images)
         context = BuildContext(
             encoder=encoder,
@@ -62,20 +62,20 @@ def plan(
     Raises:
         UserError: the first thing that is wrong, with its key and what would be right.
     """
-    objective = registry.get(job.objective.name, key="objective.name")
-    hyperparameters = registry.hyperparameters(job.objective.name, job.objective.options)
-    needs = objective.needs_for(hyperparameters)
-    recipe = needs.recipe if job.views.name == "auto" else job.views.name
-    views = make_views(recipe, job.views.options)
-    _check_backbone(job)
-    for name in job.evaluate.protocols:
-        _check_protocol(name, job)
-    _check_training(job, needs)
-    check_capacity(job, capacity or local_capacity())
-    data = prepared(job.data, seed=job.seed)
-    if job.train.epochs:
-        check_batches(data.train, needs, job.train.batch_size, job.train.workers)
-    return Plan(job, data, views, needs)
+    with located(job):
+        objective = registry.get(job.objective.name, key="objective.name")
+        hyperparameters = registry.hyperparameters(job.objective.name, job.objective.options)
+        needs = objective.needs_for(hyperparameters)
+        recipe = needs.recipe if job.views.name == "auto" else job.views.name
+        views = make_views(recipe, job.views.options)
+        _check_backbone(job)
+        check_protocols(job.evaluate.protocols, job.data.split)
+        _check_training(job, needs)
+        check_capacity(job, capacity or local_capacity())
+        data = prepared(job.data, seed=job.seed)
+        if job.train.epochs:
+            check_batches(data.train, needs, job.train.batch_size, job.train.workers)
+        return Plan(job, data, views, needs)
 
 
 def _check_backbone(job: TrainJob) -> None:
@@ -83,18 +83,6 @@ def _check_backbone(job: TrainJob) -> None:
         build_encoder(job.backbone, in_channels=1, image_size=(64, 64))
     if job.backbone.name == "pixels" and job.train.epochs:
         raise UserError("the backbone 'pixels' has nothing to train", key="train.epochs", allowed="0")
-
-
-def _check_protocol(name: str, job: TrainJob) -> None:
-    requirements = protocols.get(name, key="evaluate.protocols").requirements
-    closed = job.data.split == "sample"
-    if requirements.closed_set is not None and requirements.closed_set != closed:
-        wanted = "sample" if requirements.closed_set else "identity"
-        raise UserError(
-            f"the protocol {name!r} cannot judge data.split {job.data.split!r}",
-            key="evaluate.protocols",
-            allowed=f"data.split: {wanted}",
-        )
 
 
 def _check_training(job: TrainJob, needs: Needs) -> None:
@@ -136,8 +124,8 @@ def check_capacity(job: TrainJob, capacity: Mapping[str, float]) -> None:
         if train.workers * each > there:
             most = int(there // each)
             raise UserError(
-                f"{train.workers} workers x {each:g} {resource} = {train.workers * each:g} {resource}, but the cluster has "
-                f"{there:g}",
+                f"{train.workers} workers x {each:g} {resource} = {train.workers * each:g} {resource}, "
+                f"but the cluster has {there:g}",
                 key="train.workers" if most or resource == "CPU" else "train.gpus_per_worker",
                 allowed=f"1 to {most} workers" if most else f"0 (there is no {resource})",
             )

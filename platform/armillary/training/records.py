@@ -12,7 +12,6 @@ from pathlib import Path
 import armillary
 from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import digest, dump_job
-from armillary.training.preflight import Plan
 from armillary.training.rundir import RunDirectory, RunRecord
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "ray", "timm", "numpy", "pyarrow", "scikit-learn")
@@ -32,7 +31,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of the user's working directory, with ``+changes`` when it is not clean; ``None`` outside a checkout."""
+    """The commit of the working directory, with ``+changes`` when it is not clean; ``None`` outside a checkout."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -50,15 +49,16 @@ def new_run_id(job: TrainJob) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{job.name}-{secrets.token_hex(3)}"
 
 
-def create_run(ready: Plan, group: str | None = None, variant: str | None = None) -> RunDirectory:
-    """Makes the folder of a run that is about to start."""
-    job = ready.job
+def create_run(
+    job: TrainJob, fingerprint: str, *, group: str | None = None, variant: str | None = None
+) -> RunDirectory:
+    """Makes the folder of a run that is about to start; ``fingerprint`` is that of its prepared data."""
     record = RunRecord(
         run_id=new_run_id(job),
         name=job.name,
         group=group,
         variant=variant,
-        fingerprint=ready.data.fingerprint,
+        fingerprint=fingerprint,
         digest=digest(job),
         git_commit=git_commit(),
         versions=versions(),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from armillary.spec.errors import UserError
 from armillary.spec.home import home
+from armillary.training.desk import NAMESPACE
 
 _ENVIRONMENT = {
     # The controller polls its workers; the default of 2 s costs a short run several seconds.
@@ -50,7 +53,7 @@ def ray_session(address: str | None = None) -> Iterator[Mapping[str, float]]:
         yield ray.cluster_resources()
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, object] = (
+    options: dict[str, Any] = (
         {}
         if address != "local"
         else {
@@ -64,9 +67,9 @@ def ray_session(address: str | None = None) -> Iterator[Mapping[str, float]]:
             warnings.simplefilter("ignore", FutureWarning)
             ray.init(
                 address=address,
-                namespace="armillary",
+                namespace=NAMESPACE,
                 log_to_driver=False,
-                logging_level="error",
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": worker_environment()},
                 **options,
             )

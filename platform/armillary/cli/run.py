@@ -1,0 +1,119 @@
+"""``armillary run``: any job, by its kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from armillary.cli.console import print_json, print_note, print_table, table
+from armillary.spec.errors import UserError
+
+if TYPE_CHECKING:
+    from armillary.spec.jobs import StudyJob, TrainJob
+    from armillary.training.rundir import RunRecord
+
+app = typer.Typer(help="Train a job.", add_completion=False)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. objective.margin=0.4", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def run(
+    job: Annotated[
+        str | None, typer.Argument(help="A job file of any kind, or the name of one that ships with Armillary.")
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with this run from its last checkpoint; 'last' takes the newest.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Runs a job: trains it, sweeps it, or works through a study, as its kind says.
+
+    With --resume no job file is named: the run's own is used, and overrides such as train.workers=2 apply to it.
+    """
+    if resume is not None:
+        _resume(resume, [part for part in (job, *(overrides or [])) if part], as_json)
+        return
+    if job is None:
+        raise UserError("name a job file", hint="armillary run quickstart, or armillary run --resume last")
+    from armillary.spec.loading import load_job
+
+    loaded: Any = load_job(job, overrides or [])
+    match loaded.kind:
+        case "train":
+            _train(loaded, None, as_json)
+        case "sweep":
+            from armillary.cli.sweep import run_and_print
+
+            run_and_print(loaded, None, as_json)
+        case "study":
+            _study(loaded, as_json)
+        case _:
+            command = {"regression": "armillary regress run", "evaluate": "armillary evaluate"}[loaded.kind]
+            raise UserError(f"{job} is a job of kind {loaded.kind!r}", hint=f"{command} {job}")
+
+
+def _resume(name: str, overrides: list[str], as_json: bool) -> None:
+    from armillary.spec.jobs import TrainJob
+    from armillary.spec.loading import load_job
+    from armillary.training.launch import find_resumable
+
+    wrong = [part for part in overrides if "=" not in part]
+    if wrong:
+        raise UserError(f"--resume uses the run's own job; {wrong[0]!r} is not an override", allowed="key=value")
+    directory = find_resumable(None if name == "last" else name)
+    job = load_job(directory.path / "job.yaml", overrides)
+    assert isinstance(job, TrainJob)
+    _train(job, directory, as_json)
+
+
+def _train(job: TrainJob, resume: Any, as_json: bool) -> None:
+    from armillary.cli.progress import progress
+    from armillary.tracking.run import run_tracked
+
+    known: list[str] = [resume.run_id] if resume else []
+
+    def started(run: Any) -> None:
+        known.append(run.run_id)
+        print_note(f"run {run.run_id}: {job.objective.name} on {job.data.name}, {job.train.epochs} epochs")
+
+    try:
+        with progress(job.name, [job]) as bar:
+            record = run_tracked(job, resume=resume, on_start=started, on_epoch=bar.report)
+    except KeyboardInterrupt:
+        hint = f"Resume it with: armillary run --resume {known[-1]}" if known else "Nothing was started."
+        raise KeyboardInterrupt(hint) from None
+    _print(record, as_json)
+
+
+def _print(record: RunRecord, as_json: bool) -> None:
+    if as_json:
+        print_json(record.model_dump())
+        return
+    rows = [(name, f"{value:.4f}") for name, value in record.metrics.items()]
+    print_table(table(("metric", ("value", "right")), rows, title=f"{record.run_id} ({record.seconds:.1f} s)"))
+    print_note(f"judge it again: armillary evaluate {record.run_id}\nrank it: armillary leaderboard")
+
+
+def _study(job: StudyJob, as_json: bool) -> None:
+    from armillary.cli.progress import progress
+    from armillary.sweeps.report import answers, study_board, write_report
+    from armillary.sweeps.studies import expand, run_study
+    from armillary.tracking import format as shown
+
+    with progress(job.name, [item for _, item in expand(job)]) as bar:
+        result = run_study(job, on_report=bar.report)
+    report = write_report(job, result)
+    board = study_board(result)
+    if as_json:
+        print_json({"study": result.study_id, "report": str(report), "board": shown.as_json([board])})
+        return
+    from armillary.cli.console import out
+
+    out.print(shown.as_table([board], out.width))
+    for sentence in answers(job, board):
+        out.print(sentence, markup=False)
+    print_note(f"report: {report}")

@@ -1,0 +1,109 @@
+"""The page a study leaves behind: the question, the answer with its uncertainty, the table, the ROC curves."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from armillary.evaluation.figures import roc_figure
+from armillary.evaluation.report import Code, Heading, Paragraph, Plot, Section, Table, html_page
+from armillary.spec.jobs import StudyJob
+from armillary.spec.loading import dump_job
+from armillary.sweeps.studies import StudyResult
+from armillary.tracking import format as shown
+from armillary.tracking.leaderboard import Board, Group
+from armillary.tracking.query import leaderboard
+from armillary.tracking.uncertainty import difference
+from armillary.training.rundir import RunDirectory, RunRecord
+
+COMPARED = ("verification/auc", "verification/tar_at_far_1e-2")
+
+
+def study_board(result: StudyResult, metric: str = COMPARED[0]) -> Board:
+    """The leaderboard of one study's runs."""
+    boards, _ = leaderboard(metric, group=result.group)
+    return boards[0]
+
+
+def answers(job: StudyJob, board: Board) -> list[str]:
+    """One sentence per metric on the paired difference between the two variants the study compares."""
+    if job.compare is None:
+        return []
+    first, second = (_variant(board, name) for name in job.compare)
+    sentences = []
+    for metric in COMPARED:
+        if metric not in first.metrics or metric not in second.metrics:
+            continue
+        a, b = (_values(group, metric) for group in (first, second))
+        gap = difference(a, b)
+        if gap.half_width is None:
+            verdict = "too few runs to say more"
+        else:
+            low, high = gap.mean - gap.half_width, gap.mean + gap.half_width
+            told_apart = "tells them apart" if low > 0 or high < 0 else "does not tell them apart"
+            verdict = f"95% interval {low:+.4f} to {high:+.4f} ({gap.test}, {gap.n} pairs), which {told_apart}"
+        sentences.append(f"{job.compare[0]} minus {job.compare[1]} in {metric}: {gap.mean:+.4f}; {verdict}.")
+    return sentences
+
+
+def _variant(board: Board, name: str) -> Group:
+    return next(group for group in board.groups if group.variant == name)
+
+
+def _values(group: Group, metric: str) -> dict[tuple[int, int], float]:
+    return {
+        pair: RunDirectory.find(run_id).record().metrics[metric]
+        for pair, run_id in zip(sorted(group.values), group.run_ids, strict=True)
+    }
+
+
+def write_report(job: StudyJob, result: StudyResult, *, extra: Sequence[Section] = ()) -> Path:
+    """Writes ``report.html`` into the study's folder; one file, no network needed to read it.
+
+    Args:
+        job: the study.
+        result: its runs.
+        extra: sections shown after the answer, e.g. what a sweep before it chose.
+    """
+    board = study_board(result)
+    sections: list[Section] = [Paragraph(job.question)] if job.question else []
+    sections += [Paragraph(sentence, strong=True) for sentence in answers(job, board)]
+    sections += list(extra)
+    sections += [Heading("Leaderboard"), _table(board), *(Paragraph(line) for line in shown.legend(board))]
+    curves = _roc_curves(result.records)
+    if curves:
+        caption = "True accept rate against false accept rate on people never trained on; mean and range over runs"
+        sections += [Heading("Verification"), Plot(roc_figure(curves), caption=caption)]
+    sections += [Heading("How it was made"), Code(dump_job(job), caption="the study")]
+    path = result.folder / "report.html"
+    path.write_text(html_page(job.name, sections))
+    return path
+
+
+def _table(board: Board) -> Table:
+    columns = shown.columns(board)
+    rows = [
+        [
+            group.variant or group.label,
+            len(group.run_ids),
+            len(group.folds),
+            len(group.seeds),
+            *(shown.summary(group.metrics.get(column)) for column in columns),
+        ]
+        for group in board.groups
+    ]
+    headings = ["variant", "runs", "folds", "seeds", *(shown.short(column) for column in columns)]
+    return Table(headings, rows, caption=board.title, highlight=0)
+
+
+def _roc_curves(records: Sequence[RunRecord]) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+    for record in records:
+        path = RunDirectory.find(record.run_id).path / "evaluation" / "verification.npz"
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as stored:
+                curves[record.variant or record.name].append((stored["roc_far"], stored["roc_tar"]))
+    return dict(curves)
