@@ -10,6 +10,8 @@ import typer
 
 app = typer.Typer(add_completion=False)
 
+_PIPE_WIDTH = 240
+
 
 class Format(StrEnum):
     """How to print."""
@@ -33,6 +35,8 @@ def leaderboard(
     json_: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Rank configurations: mean over seeds and folds, 95% interval, and what cannot be told apart from the best."""
+    from rich.console import Console
+
     from armillary.cli.console import out, print_note
     from armillary.tracking import format as formats
     from armillary.tracking.query import leaderboard as query
@@ -44,8 +48,9 @@ def leaderboard(
         print_note(f"and {len(report.failed) - 3} more; 'armillary track sync' tries again")
     chosen = Format.json if json_ else format
     if chosen is Format.table:
-        width = out.width if out.is_terminal else 240
-        out.print(formats.as_table(boards, width), width=width)
+        # A pipe has no width of its own, and what reads it wants whole lines.
+        console = out if out.is_terminal else Console(width=_PIPE_WIDTH, highlight=False)
+        console.print(formats.as_table(boards, console.width))
         return
     write = {
         Format.md: formats.as_markdown,
