@@ -66,6 +66,7 @@ def process() -> int:
     return os.getpid()
 
 
+@pytest.mark.slow
 def test_pool_survives_a_failure_and_ends() -> None:
     with GlooPool() as pool:
         first = pool.run(process)

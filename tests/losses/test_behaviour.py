@@ -17,7 +17,7 @@ LABEL_LOSSES: list[Callable[[], nn.Module]] = [
     losses.SupCon,
     lambda: losses.SupCon(mode="in"),
     *(
-        lambda mining=mining, soft=soft: losses.Triplet(mining=mining, soft=soft)  # type: ignore[misc]
+        lambda mining=mining, soft=soft: losses.Triplet(mining=mining, soft=soft)
         for mining in ("all", "semi_hard", "batch_hard", "hard_negative")
         for soft in (False, True)
     ),

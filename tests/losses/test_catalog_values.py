@@ -17,14 +17,14 @@ from armillary.testing.references import ReferenceCase, assert_value, reference_
 VALUES = Path(__file__).with_name("catalog_values.yaml")
 
 
-def cases(loss: str) -> Any:
+def cases(loss: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", reference_cases(VALUES, loss), ids=str)
 
 
 def from_cosines(kind: type[ClassHeadLoss], classes: int, **options: Any) -> ClassHeadLoss:
     """The loss on given cosines: its head's similarity is its input."""
     loss = kind(classes, classes, **options).double()
-    loss.similarity = lambda cosines: cosines  # type: ignore[method-assign,assignment]
+    loss.similarity = lambda cosines: cosines  # type: ignore[method-assign,assignment,misc]
     return loss
 
 
@@ -33,6 +33,7 @@ def test_softmax(case: ReferenceCase) -> None:
     loss = losses.Softmax(3, 2, reduction="none").double()
     with torch.no_grad():
         loss.weight.copy_(case.tensor("weight"))
+        assert loss.bias is not None
         loss.bias.copy_(case.tensor("bias"))
     values = loss(case.tensor("embeddings"), case.tensor("labels"))
     assert_value(values, case.result["per_sample"])
@@ -49,6 +50,7 @@ def test_normface_from_features(case: ReferenceCase) -> None:
     value = loss(embeddings, labels)
     value.backward()
     assert_value(value, case.result["mean"])
+    assert embeddings.grad is not None
     assert_value(embeddings.grad, case.result["gradient"])
 
 
@@ -58,6 +60,7 @@ def _check_cosines(loss: ClassHeadLoss, case: ReferenceCase) -> None:
     value.backward()
     assert_value(value, case.result["mean"])
     if "gradient" in case.result:
+        assert cosines.grad is not None
         assert_value(cosines.grad, case.result["gradient"])
     if "target" in case.result:
         own = cosines.gather(1, labels[:, None])

@@ -81,7 +81,7 @@ def test_arcface_gradient_factor() -> None:
     cosines = torch.tensor([[0.3, 0.1, -0.2], [0.5, -0.6, 0.4]], dtype=torch.float64, requires_grad=True)
     labels, theta = torch.tensor([0, 2]), torch.tensor([0.3, 0.4], dtype=torch.float64).acos()
     loss = losses.ArcFace(3, 3, margin=0.5, scale=8.0).double()
-    loss.similarity = lambda given: given  # type: ignore[method-assign,assignment]
+    loss.similarity = lambda given: given  # type: ignore[method-assign,assignment,misc]
     loss(cosines, labels).backward()
     logits = 8 * cosines.detach().scatter(1, labels[:, None], (theta + 0.5).cos()[:, None])
     share = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
@@ -92,9 +92,10 @@ def test_arcface_gradient_factor() -> None:
 
 def test_softmax_ignores_a_common_bias(embeddings: Tensor, labels: Tensor) -> None:
     loss = make(losses.Softmax)
+    assert isinstance(loss.bias, Tensor)
     before = loss(embeddings, labels)
     with torch.no_grad():
-        loss.bias += 11.0  # type: ignore[operator]
+        loss.bias.add_(11.0)
     torch.testing.assert_close(loss(embeddings, labels), before)
     assert float(loss(torch.zeros_like(embeddings), labels).detach()) == pytest.approx(log(CLASSES))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from armillary import objectives
+from armillary import losses, objectives
 from armillary.objectives import names
 from armillary.spec.errors import UserError
 from armillary.testing import tiny
@@ -51,13 +51,16 @@ def test_mistakes() -> None:
 
 
 def test_hyperparameters_reach_the_loss() -> None:
-    arcface = tiny.build(objectives.get("arcface"), {"margin": 0.3, "scale": 12.0, "extension": False})
-    assert (arcface.loss.margin, arcface.loss.scale, arcface.loss.extension) == (0.3, 12.0, False)
+    arcface = tiny.build(objectives.get("arcface"), {"margin": 0.3, "scale": 12.0, "extension": False}).loss
+    assert isinstance(arcface, losses.ArcFace)
+    assert (arcface.margin, arcface.scale, arcface.extension) == (0.3, 12.0, False)
     supcon = tiny.build(objectives.get("supcon"), {"temperature": 0.2, "mode": "in", "projection_layers": 1})
+    assert isinstance(supcon.loss, losses.SupCon)
     assert (supcon.loss.temperature, supcon.loss.mode) == (0.2, "in")
-    assert [type(layer).__name__ for layer in supcon.projector] == ["Linear"]
-    triplet = tiny.build(objectives.get("triplet"), {"mining": "batch_hard", "squared": False, "soft": True})
-    assert (triplet.loss.mining, triplet.loss.squared, triplet.loss.soft) == ("batch_hard", False, True)
+    assert [type(layer).__name__ for layer in supcon.projector.children()] == ["Linear"]  # type: ignore[union-attr]
+    triplet = tiny.build(objectives.get("triplet"), {"mining": "batch_hard", "squared": False, "soft": True}).loss
+    assert isinstance(triplet, losses.Triplet)
+    assert (triplet.mining, triplet.squared, triplet.soft) == ("batch_hard", False, True)
 
 
 def test_projector_is_dropped() -> None:

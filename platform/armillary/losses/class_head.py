@@ -121,11 +121,11 @@ class ClassHeadLoss(nn.Module):
         """The margin m of each sample, ``(batch, 1)`` or a scalar tensor."""
         return samples.embeddings.new_full((), self.margin)
 
-    def target(self, cosine: Tensor, margin: Tensor) -> Tensor:  # noqa: ARG002
+    def target(self, cosine: Tensor, margin: Tensor) -> Tensor:
         """T: what stands for the cosine to the own class, ``(batch, 1)``."""
         return cosine
 
-    def non_target(self, cosine: Tensor, target: Tensor) -> Tensor:  # noqa: ARG002
+    def non_target(self, cosine: Tensor, target: Tensor) -> Tensor:
         """N: what stands for the cosines to the other classes, ``(batch, num_classes)``."""
         return cosine
 
@@ -133,7 +133,7 @@ class ClassHeadLoss(nn.Module):
         """The factor s, a scalar tensor or ``(batch, 1)``."""
         return samples.embeddings.new_full((), self.scale)
 
-    def sample_weight(self, samples: Samples) -> Tensor | None:  # noqa: ARG002
+    def sample_weight(self, samples: Samples) -> Tensor | None:
         """The gate w on each sample's loss, ``(batch, 1)``; ``None`` weighs all alike."""
         return None
 

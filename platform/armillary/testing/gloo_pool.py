@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 START_SECONDS = 120.0
@@ -56,7 +57,8 @@ class GlooPool:
         """
         if not self._processes:
             self._start()
-        message = pickle.dumps((_address(function), arguments))
+        # Arguments by themselves: their classes may live in the file that the address leads to.
+        message = pickle.dumps((_address(function), pickle.dumps(arguments)))
         for pipe in self._pipes:
             pipe.send_bytes(message)
         return self._collect(time.monotonic() + timeout)
@@ -137,6 +139,9 @@ def _resolve(module_name: str, file: str, qualname: str) -> Callable[..., Any]:
         if spec is None or spec.loader is None:
             raise
         module = importlib.util.module_from_spec(spec)
+        parents = module_name.split(".")[:-1]
+        for depth in range(1, len(parents) + 1):
+            sys.modules.setdefault(".".join(parents[:depth]), ModuleType(parents[depth - 1]))
         sys.modules[module_name] = module
         spec.loader.exec_module(module)
     found: Any = module
@@ -161,7 +166,8 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
             break
         address, arguments = message
         try:
-            answer = pickle.dumps((True, _resolve(*address)(*arguments)))
+            function = _resolve(*address)
+            answer = pickle.dumps((True, function(*pickle.loads(arguments))))
         except Exception:  # noqa: BLE001 - whatever a test raises is reported to the parent
             answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)

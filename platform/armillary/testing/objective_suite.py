@@ -72,8 +72,8 @@ class ObjectiveSuite:
 
     def test_documented(self, objective_class: type[Objective]) -> None:
         """One sentence first, a source, and a description of every hyperparameter."""
-        first = (objective_class.__doc__ or "").strip().splitlines()[0]
-        assert len(first) > 20
+        first = (objective_class.__doc__ or "").strip().split("\n")[0]
+        assert len(first) > 20, "its docstring does not say what it is"
         assert first.endswith(".")
         assert objective_class.citation.authors
         assert objective_class.citation.title
