@@ -48,7 +48,7 @@ def test_a_prepared_sweep_needs_no_other_file(tmp_path: Path, monkeypatch: pytes
     prepared = prepare(tmp_path / "sweep.yaml", ["trials=3"])
 
     assert (prepared.name, prepared.kind, prepared.address) == ("far", "sweep", "http://head:8265")
-    assert prepared.entrypoint == "python -m armillary sweep job.yaml"
+    assert prepared.entrypoint == "python -m armillary run job.yaml"
     assert "secret-bucket" not in prepared.text
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -67,6 +67,13 @@ def test_a_prepared_sweep_needs_no_other_file(tmp_path: Path, monkeypatch: pytes
 def test_a_mistake_is_found_here(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepare("quickstart", [override])
+
+
+def test_each_kind_is_run_as_a_user_would_and_the_rest_is_refused(tmp_path: Path) -> None:
+    assert prepare("regressions/nightly").entrypoint == "python -m armillary regress run job.yaml"
+    (tmp_path / "judge.yaml").write_text("kind: evaluate\nrun: abc\n")
+    with pytest.raises(UserError, match="found 'evaluate'"):
+        prepare(tmp_path / "judge.yaml")
 
 
 def test_submit_reports_a_mistake_in_the_job_before_it_looks_for_the_cluster() -> None:

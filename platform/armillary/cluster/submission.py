@@ -30,13 +30,7 @@ if TYPE_CHECKING:
 
 CLUSTER_HOME = "~/.armillary"
 # What each kind of job is run with; the same words a user would type.
-COMMANDS = {
-    "train": "run",
-    "sweep": "sweep",
-    "study": "run",
-    "evaluate": "evaluate",
-    "regression": "regress run",
-}
+COMMANDS = {"train": "run", "sweep": "run", "study": "run", "regression": "regress run"}
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60.0
 # Not much longer than Ctrl-C takes: a driver that ignores it is killed then.
@@ -77,6 +71,8 @@ def prepare(path: str | Path, overrides: Sequence[str] = ()) -> PreparedJob:
         UserError: the first mistake, with its place.
     """
     job = load_job(path, overrides)
+    if job.kind not in COMMANDS:
+        raise UserError(f"found {job.kind!r}", where=str(path), key="kind", allowed=", ".join(COMMANDS))
     trained = _train_jobs(job)
     for train in trained:
         registry.hyperparameters(train.objective.name, train.objective.options, where=str(path))
