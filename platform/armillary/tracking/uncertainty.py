@@ -53,7 +53,10 @@ def summarize(values: Sequence[float], confidence: float = CONFIDENCE) -> Summar
     mean = math.fsum(values) / n
     if n == 1:
         return Summary(1, mean, None)
-    return Summary(n, mean, t_quantile(n - 1, confidence) * math.sqrt(_variance(values) / n))
+    error = math.sqrt(_variance(values) / n)
+    if error <= _ROUNDING * max(map(abs, values)):
+        return Summary(n, mean, 0.0)
+    return Summary(n, mean, t_quantile(n - 1, confidence) * error)
 
 
 def paired_difference(a: Mapping[Pair, float], b: Mapping[Pair, float], confidence: float = CONFIDENCE) -> Difference:
