@@ -1,9 +1,10 @@
-"""What every test shares: a state folder of its own, one torch thread."""
+"""What every test shares: a state folder of its own, one torch thread, one Ray cluster a session."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,32 @@ def armillary_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setenv("ARMILLARY_HOME", str(folder))
     monkeypatch.chdir(tmp_path)
     yield folder
+
+
+@pytest.fixture(scope="session")
+def imported_orl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ORL faces in a store of their own, imported once a session."""
+    from armillary.data.importers import import_dataset
+
+    folder = tmp_path_factory.mktemp("orl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARMILLARY_HOME", str(folder))
+        import_dataset("orl")
+    return folder / "datasets" / "orl"
+
+
+@pytest.fixture
+def orl(imported_orl: Path, armillary_home: Path) -> Path:
+    """The ORL faces in this test's own store."""
+    target = armillary_home / "datasets" / "orl"
+    shutil.copytree(imported_orl, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Mapping[str, float]]:
+    """One local Ray cluster for all tests of a session that train; mark them ``xdist_group("ray")``."""
+    from armillary.training.session import ray_session
+
+    with ray_session() as capacity:
+        yield capacity

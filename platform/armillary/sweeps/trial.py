@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -29,6 +30,7 @@ class CrewTrial(tune.Trainable):
         """Starts the first trial; ``fixed`` holds what all trials share."""
         assert fixed is not None
         self.fixed = fixed
+        os.environ["ARMILLARY_HOME"] = fixed["home"]
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -75,15 +77,15 @@ class CrewTrial(tune.Trainable):
 class Progress(tune.Callback):
     """Passes every result on to the caller's ``on_report``."""
 
-    def __init__(self, on_report: OnReport) -> None:
+    def __init__(self, on_report: OnReport | None) -> None:
         self.on_report = on_report
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune writes its callbacks to disk; one read back has nobody to report to.
+        return {"on_report": None}
+
     def on_trial_result(  # noqa: D102 - Tune's own name and signature
-        self,
-        iteration: int,
-        trials: list[Any],
-        trial: Any,
-        result: dict[Any, Any],
-        **info: Any,
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[Any, Any], **info: Any
     ) -> None:
-        self.on_report(result["run_id"], result["epoch"], {"value": result["value"]})
+        if self.on_report:
+            self.on_report(result["run_id"], result["epoch"], {"value": result["value"]})

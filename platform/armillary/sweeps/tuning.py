@@ -245,6 +245,7 @@ def _tune(
         storage=storage,
     )
     fixed = {
+        "home": str(home()),
         "desk": pool.desk,
         "base": base,
         "metric": job.metric,

@@ -22,10 +22,11 @@ from typing import Any, Literal
 
 from armillary import collectives
 from armillary.data.splits import PreparedData, prepare
+from armillary.spec.home import home
 from armillary.spec.jobs import DataSpec, TrainJob
 from armillary.training.api import OnReport, Submission
 from armillary.training.desk import NAMESPACE, Desk, TrialHandle
-from armillary.training.launch import innermost, make_trainer, set_threads
+from armillary.training.launch import enter_worker, innermost, make_trainer
 from armillary.training.loop import execute
 from armillary.training.preflight import check_capacity, local_capacity, plan
 from armillary.training.records import create_run
@@ -119,8 +120,6 @@ class _Crew(threading.Thread):
         import ray
         from ray.train import RunConfig, TrainingFailedError
 
-        from armillary.spec.home import home
-
         train = self.template.train
         share = max(1, int(local_capacity()["CPU"]) // (self.crews * train.workers))
         template = self.template.model_copy(
@@ -153,7 +152,7 @@ def _serve(config: dict[str, Any]) -> None:
     import ray
 
     desk = ray.get_actor(config["desk"], namespace=NAMESPACE)
-    set_threads(config["template"])
+    enter_worker(config, config["template"])
     load = remembering_prepare()
     leads = collectives.rank() == 0
     while True:

@@ -75,6 +75,8 @@ class Engine:
 
     def __init__(self, objective: Objective, job: TrainJob, device: torch.device) -> None:
         deepspeed = _quiet_deepspeed()
+        # Ray Train sets it; DeepSpeed insists on it wherever the process group came from.
+        os.environ.setdefault("LOCAL_RANK", str(collectives.rank()))
         self.job, self.device = job, device
         self.stage = job.train.zero
         self.names = [name for name, _ in objective.named_parameters()]

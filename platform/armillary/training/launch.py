@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from armillary.spec.errors import UserError, WorkFailed
+from armillary.spec.home import home
 from armillary.spec.jobs import TrainJob
-from armillary.spec.loading import dump_job
+from armillary.spec.loading import dump_job, load_job
 from armillary.training.api import OnReport
 from armillary.training.loop import execute
 from armillary.training.preflight import check_capacity, plan
@@ -45,6 +49,8 @@ def run_job(
         UserError: the job cannot run; nothing was started.
         WorkFailed: training broke off; what was checkpointed is kept.
     """
+    if resume:
+        check_same_model(job, resume)
     ready = plan(job)
     with ray_session(job.cluster.address) as capacity:
         check_capacity(job, capacity)
@@ -107,7 +113,7 @@ def make_trainer(
     gpu = train.gpus_per_worker > 0
     return TorchTrainer(
         function,
-        train_loop_config=config,
+        train_loop_config={**config, "home": str(home())},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.workers,
@@ -141,12 +147,9 @@ def _follow(run: RunDirectory, thread: threading.Thread, on_report: OnReport | N
         thread.join(_POLL_SECONDS)
 
 
-def set_threads(job: TrainJob) -> None:
-    """Shares the node's cores among its workers, unless the job says how many threads each takes."""
-    import os
-
-    import torch
-
+def enter_worker(config: Mapping[str, Any], job: TrainJob) -> None:
+    """Makes a worker process see the driver's state folder, and shares the node's cores among its workers."""
+    os.environ["ARMILLARY_HOME"] = config["home"]
     torch.set_num_threads(job.train.threads or max(1, (os.cpu_count() or 1) // job.train.workers))
 
 
@@ -155,7 +158,7 @@ def _work(config: dict[str, Any]) -> None:
     from ray import train
 
     job: TrainJob = config["job"]
-    set_threads(job)
+    enter_worker(config, job)
 
     def report(step: int, metrics: Mapping[str, float], folder: Path | None) -> Literal["continue", "stop"]:
         checkpoint = train.Checkpoint.from_directory(str(folder)) if folder else None
@@ -174,6 +177,26 @@ def _work(config: dict[str, Any]) -> None:
 
 # The driver has checked the job against the cluster; a worker sees only its own node.
 _ENOUGH = {"CPU": float("inf"), "GPU": float("inf")}
+
+
+def check_same_model(job: TrainJob, run: RunDirectory) -> None:
+    """Checks that a job asks for the model that a run's checkpoints hold.
+
+    Raises:
+        UserError: it does not; names the first key that differs.
+    """
+    stored = load_job(run.path / "job.yaml")
+    assert isinstance(stored, TrainJob)
+    for section in ("backbone", "objective", "data"):
+        before, now = (getattr(item, section).model_dump(mode="json") for item in (stored, job))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise UserError(
+                    f"the checkpoints of run {run.run_id} are of another model: it was started with "
+                    f"{before.get(key)!r}, found {now.get(key)!r}",
+                    key=f"{section}.{key}",
+                    hint="start a new run to change it; workers, stage, precision and evaluation may change on resume",
+                )
 
 
 def find_resumable(run_id: str | None) -> RunDirectory:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from armillary.spec.errors import UserError, unknown_name
 from armillary.spec.home import runs_dir
@@ -35,6 +35,9 @@ class RunRecord(BaseModel):
     ``group`` names the sweep, study or regression the run belongs to (``kind/name``), ``variant`` its row there.
     ``metrics`` holds the final values by name, e.g. ``verification/auc``.
     """
+
+    # A diverged run's metrics may be NaN, which plain JSON would turn into null and refuse to read back.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     run_id: str
     name: str
@@ -120,9 +123,13 @@ class RunDirectory:
             return
         with path.open() as lines:
             for line in lines:
-                # A kill can tear a line; the next writer ends it, and it stays here as invalid JSON.
-                if line.endswith("}\n"):
-                    yield json.loads(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue  # torn by a kill; the next writer ended the line
+                # A torn line may still be JSON, of something smaller than an event.
+                if line.endswith("\n") and isinstance(event, dict) and "metrics" in event:
+                    yield event
 
     def append_event(self, step: int, metrics: dict[str, float]) -> None:
         """Adds a report unless that step is already there, as after a resume that repeats an epoch."""

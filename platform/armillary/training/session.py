@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from armillary.spec.errors import UserError
-from armillary.spec.home import home
 from armillary.training.desk import NAMESPACE
 
 _ENVIRONMENT = {
@@ -25,13 +24,12 @@ _ENVIRONMENT = {
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment variables that workers need to find the same state as the driver."""
+    """Environment variables that the driver and every worker need."""
     import torch
 
-    fixed = {
+    return {
         key: value for key, value in _ENVIRONMENT.items() if key != "DS_ACCELERATOR" or not torch.cuda.is_available()
     }
-    return {**fixed, "ARMILLARY_HOME": str(home())}
 
 
 @contextmanager

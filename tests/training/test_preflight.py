@@ -1,0 +1,66 @@
+"""Whatever is wrong with a job is said before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from armillary.spec.errors import UserError
+from armillary.training.preflight import check_capacity, plan
+
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"objective__name": "arcfase"}, "objective.name", "'arcface'"),
+    ({"objective__margin": 9}, "objective.margin", "9"),
+    ({"objective__margin": "wide"}, "objective.margin", "wide"),
+    ({"objective__marjin": 0.2}, "objective.marjin", "'margin'"),
+    ({"backbone__name": "resnet"}, "backbone.name", "small_convnet"),
+    ({"backbone__name": "timm/resnet17"}, "backbone.name", "resnet18"),
+    ({"backbone__widht": 4}, "backbone.widht", "'width'"),
+    ({"views__name": "facez"}, "views", "faces"),
+    ({"views__flipp": 1}, "views.flipp", "flip"),
+    ({"evaluate__protocols": ["verificatoin"]}, "evaluate.protocols", "verification"),
+    ({"evaluate__protocols": ["knn"]}, "evaluate.protocols", "sample"),
+    ({"data__name": "nowhere"}, "data.name", "orl"),
+    ({"data__fold": 7}, "data.fold", "7"),
+    ({"train__workers": 1000, "train__batch_size": 1000}, "train.workers", "1000 workers x 1 CPU = 1000 CPU"),
+    ({"train__gpus_per_worker": 1}, "train.gpus_per_worker", "GPU"),
+    ({"train__batch_size": 57, "train__accumulate": 2}, "train.batch_size", "multiple of 2"),
+    ({"objective__name": "supcon", "train__accumulate": 2}, "train.accumulate", "supcon"),
+    ({"backbone__name": "pixels"}, "train.epochs", "nothing to train"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "says"), WRONG, ids=[next(iter(item[0])) for item in WRONG])
+def test_a_mistake_names_its_key(
+    tiny_job: Any, orl: Path, armillary_home: Path, overrides: dict[str, Any], key: str, says: str
+) -> None:
+    before = sorted(armillary_home.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        plan(tiny_job(**overrides))
+    assert key in str(caught.value)
+    assert says in str(caught.value)
+    assert sorted(armillary_home.rglob("*")) == before
+
+
+def test_a_field_that_the_data_lacks(tiny_job: Any, orl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from armillary.objectives import Needs, get
+
+    monkeypatch.setattr(get("arcface"), "needs", Needs(fields=("label", "quality")))
+    with pytest.raises(UserError, match="no 'quality'"):
+        plan(tiny_job())
+
+
+def test_the_sum_that_does_not_fit(tiny_job: Any) -> None:
+    job = tiny_job(train__workers=4, train__gpus_per_worker=2)
+    with pytest.raises(UserError, match=r"4 workers x 2 GPU = 8 GPU, but the cluster has 4") as caught:
+        check_capacity(job, {"CPU": 8.0, "GPU": 4.0})
+    assert "1 to 2 workers" in str(caught.value)
+
+
+def test_a_good_job_has_its_parts(tiny_job: Any, orl: Path) -> None:
+    ready = plan(tiny_job())
+    assert ready.data.num_classes == 28
+    assert ready.needs.fields == ("label",)
+    assert ready.build().encoder is not None

@@ -1,0 +1,116 @@
+"""Real runs on a real Ray cluster: trained, killed, resumed, spread over workers and stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from armillary.spec.errors import UserError, WorkFailed
+from armillary.spec.loading import dump_job
+from armillary.training.launch import find_resumable, run_job
+from armillary.training.model import load_encoder
+from armillary.training.rundir import RunDirectory, all_runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+
+JUDGED = ("verification/auc", "verification/eer", "identification/rank1", "train/loss")
+
+
+def judged(metrics: dict[str, float]) -> list[float]:
+    return [metrics[name] for name in JUDGED]
+
+
+def test_a_run_leaves_everything_behind(tiny_job: Any, orl: Path, ray_cluster: Any) -> None:
+    reports: list[int] = []
+    record = run_job(tiny_job(), on_report=lambda _, epoch, __: reports.append(epoch))
+    assert record.status == "finished"
+    assert reports == [1, 2]
+    run = RunDirectory.find(record.run_id)
+    assert 0.5 < record.metrics["verification/auc"] < 1
+    with (run.path / "evaluation" / "metrics.json").open() as file:
+        assert json.load(file)["verification/auc"] == record.metrics["verification/auc"]
+    assert (run.path / "evaluation" / "verification.npz").is_file()
+    assert sum(p.numel() for p in load_encoder(run).parameters()) > 0
+    assert record.fingerprint
+    assert record.versions["torch"]
+
+
+def test_workers_and_stages_agree(tiny_job: Any, orl: Path, ray_cluster: Any) -> None:
+    """One worker, then two at every ZeRO stage: the same loss and the same verification."""
+    alone = run_job(tiny_job()).metrics
+    for zero in (0, 1, 2, 3):
+        metrics = run_job(tiny_job(train__workers=2, train__zero=zero)).metrics
+        assert judged(metrics) == pytest.approx(judged(alone), abs=2e-3), f"zero {zero}"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_resumes_to_the_same_result(
+    tiny_job: Any, orl: Path, armillary_home: Path, tmp_path: Path, ray_cluster: Any, workers: int
+) -> None:
+    job = tiny_job(train__epochs=8)
+    whole = run_job(job).metrics
+    (tmp_path / "job.yaml").write_text(dump_job(job))
+    # A process, and a cluster, of its own: both die.
+    command = [sys.executable, "-m", "armillary", "run", str(tmp_path / "job.yaml")]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with (tmp_path / "killed.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        known = {run.run_id for run in all_runs()}
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and process.poll() is None:
+            started = [run for run in all_runs() if run.run_id not in known]
+            if started and sum(1 for _ in started[0].events()) >= 3:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    interrupted = find_resumable(None)
+    assert 3 <= sum(1 for _ in interrupted.events()) < 8, (tmp_path / "killed.log").read_text()
+    resumed = run_job(tiny_job(train__epochs=8, train__workers=workers), resume=interrupted)
+    assert [event["step"] for event in interrupted.events()] == list(range(1, 9))
+    exact = workers == 1
+    assert judged(resumed.metrics) == (judged(whole) if exact else pytest.approx(judged(whole), abs=2e-3))
+    assert [event["metrics"]["train/loss"] for event in interrupted.events()] == pytest.approx(
+        _losses(whole_run(known)), abs=0 if exact else 2e-3
+    )
+
+
+def whole_run(known: set[str]) -> RunDirectory:
+    return next(run for run in all_runs() if run.run_id in known)
+
+
+def _losses(run: RunDirectory) -> list[float]:
+    return [event["metrics"]["train/loss"] for event in run.events()]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_job: Any, orl: Path, ray_cluster: Any) -> None:
+    record = run_job(tiny_job(train__epochs=1))
+    run = RunDirectory.find(record.run_id)
+    run.update(status="stopped")
+    before = (run.path / "job.yaml").read_text()
+    with pytest.raises(UserError, match="another model") as caught:
+        run_job(tiny_job(train__epochs=2, backbone__width=12), resume=run)
+    assert "backbone.width" in str(caught.value)
+    assert (run.path / "job.yaml").read_text() == before
+
+
+def test_a_finished_run_is_not_resumed(tiny_job: Any, orl: Path, ray_cluster: Any) -> None:
+    record = run_job(tiny_job(train__epochs=0))
+    with pytest.raises(UserError, match="finished"):
+        find_resumable(record.run_id)
+
+
+def test_a_diverging_run_fails_and_says_so(tiny_job: Any, orl: Path, ray_cluster: Any) -> None:
+    with pytest.raises(WorkFailed, match=r"optimizer\.lr"):
+        run_job(
+            tiny_job(optimizer__name="sgd", optimizer__lr=100, optimizer__warmup_epochs=0, objective__name="softmax")
+        )
+    assert all_runs()[-1].record().status == "failed"
