@@ -4,11 +4,11 @@ The folds depend on the dataset alone, never on a run's seed, so that runs of on
 another's test people.
 
 - ``identity`` (open set): the classes are put into a fixed order, by hash of the class number. With K classes,
-  ``h = max(2, round(0.3 K))`` are held out a fold: fold k holds out the k-th group of h, and K // h folds exist. They
-  are disjoint. ORL: 40 people, 3 folds of 12 held out and 28 trained on.
+  ``h = max(2, 0.3 K)``, rounded half up, are held out a fold: fold k holds out the k-th group of h, and K // h folds
+  exist. They are disjoint. ORL: 40 people, 3 folds of 12 held out and 28 trained on.
 - ``sample`` (closed set): the samples of each class are put into a fixed order and dealt into 5 parts; fold k holds out
   part k, 20% of every class. A class with one image is always trained on.
-- ``holdout: validation`` is for tuning. It takes ``max(2, round(0.3 T))`` of the fold's T training classes (8 of ORL's
+- ``holdout: validation`` is for tuning. It takes ``max(2, 0.3 T)`` of the fold's T training classes (8 of ORL's
   28), or the next fold's 20% of the samples, to evaluate on, and trains on what remains. What the fold tests on is not
   touched at all.
 """
@@ -189,7 +189,7 @@ def _by_sample(data: ImageSet, fold: int, validation: bool) -> tuple[Tensor, Ten
 
 
 def _noisy(label: Tensor, classes: int, share: float, seed: int) -> Tensor:
-    """``round(share * N)`` labels replaced, each by one of the other classes with equal chance."""
+    """``share * N`` labels, rounded half up, replaced, each by one of the other classes with equal chance."""
     if classes < 2:
         raise UserError("label noise needs two training classes", key="data.label_noise")
     generator = torch.Generator().manual_seed(key(_NOISE, seed))

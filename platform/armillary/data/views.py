@@ -152,7 +152,7 @@ class Views:
         keys = sample_keys(key(_VIEW, seed, epoch, view), index)
         drawn = self.parameters(keys)
         recipe = self.recipe
-        cropped = recipe.crop_scale != (1, 1) or recipe.crop_ratio != (1, 1)
+        cropped = min(recipe.crop_scale + recipe.crop_ratio) < 1 or max(recipe.crop_ratio) > 1
         if recipe.flip or recipe.rotation or recipe.zoom or recipe.shift or cropped:
             pixels = _warp(pixels, self.geometry(drawn, images.shape[-2], images.shape[-1]))
         pixels = _colour(pixels, drawn, recipe)

