@@ -1,6 +1,7 @@
 """Clustering agreement and the geometry of embeddings, against their definitions written out."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_agreement_follows_its_definitions() -> None:
     assert found["purity"] == pytest.approx(purity)
 
 
-def test_a_perfect_clustering_is_one_everywhere_and_a_random_one_is_not(blobs) -> None:
+def test_a_perfect_clustering_is_one_everywhere_and_a_random_one_is_not(blobs: Any) -> None:
     points, labels = blobs(noise=0.05)
     assert set(np.round(list(evaluate("clustering", points, labels).metrics.values()), 9)) == {1.0}
     rng = np.random.default_rng(0)
@@ -57,7 +58,7 @@ def test_one_class_is_refused() -> None:
         evaluate("clustering", np.eye(3), [1, 1, 1])
 
 
-def test_geometry_follows_its_definitions(blobs) -> None:
+def test_geometry_follows_its_definitions(blobs: Any) -> None:
     points, labels = blobs()
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
     metrics = evaluate("geometry", points, labels).metrics
@@ -72,13 +73,13 @@ def test_geometry_follows_its_definitions(blobs) -> None:
     assert metrics["geometry/std_ratio"] == pytest.approx(unit.std(axis=0).mean() * 4)
 
 
-def test_blocks_do_not_change_uniformity(blobs) -> None:
+def test_blocks_do_not_change_uniformity(blobs: Any) -> None:
     points, labels = blobs()
     data = EvaluationSet(points, labels)
     assert geometry(data, elements=7).metrics == pytest.approx(geometry(data).metrics)
 
 
-def test_collapse_shows(blobs) -> None:
+def test_collapse_shows(blobs: Any) -> None:
     _, labels = blobs()
     collapsed = evaluate("geometry", np.ones((len(labels), 8)), labels).metrics
     assert collapsed["geometry/effective_rank"] == pytest.approx(1.0)

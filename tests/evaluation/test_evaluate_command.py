@@ -1,6 +1,7 @@
 """``armillary evaluate`` on files, through the real command line."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from armillary.evaluation.protocols import evaluate
 
 
 @pytest.fixture
-def command(capsys):
+def command(capsys: Any) -> Any:
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
             main(["evaluate", *map(str, arguments)])
@@ -21,24 +22,24 @@ def command(capsys):
 
 
 @pytest.fixture
-def files(blobs, tmp_path):
+def files(blobs: Any, tmp_path: Any) -> Any:
     for name, part in (("test", slice(0, None, 2)), ("train", slice(1, None, 2))):
         points, labels = blobs(per_class=10, noise=1.5)
         np.savez(tmp_path / f"{name}.npz", embeddings=points[part], labels=labels[part])
     return tmp_path
 
 
-def test_json_is_what_the_protocols_say(files, command) -> None:
+def test_json_is_what_the_protocols_say(files: Any, command: Any) -> None:
     code, out, _ = command("--embeddings", files / "test.npz", "--json")
     stored = np.load(files / "test.npz")
-    expected = {}
+    expected: dict[str, float] = {}
     for name in ("verification", "identification"):
         expected |= evaluate(name, stored["embeddings"], stored["labels"]).metrics
     assert code == 0
     assert json.loads(out)["metrics"] == expected
 
 
-def test_a_gallery_opens_the_closed_set_protocols(files, command) -> None:
+def test_a_gallery_opens_the_closed_set_protocols(files: Any, command: Any) -> None:
     arguments = ("--embeddings", files / "test.npz", "-p", "knn", "-p", "probe")
     code, out, err = command(*arguments)
     assert code == 2
@@ -50,7 +51,7 @@ def test_a_gallery_opens_the_closed_set_protocols(files, command) -> None:
     assert "probe/top1" in out
 
 
-def test_plots_are_written_where_asked_only(files, command) -> None:
+def test_plots_are_written_where_asked_only(files: Any, command: Any) -> None:
     before = set(files.iterdir())
     assert command("--embeddings", files / "test.npz")[0] == 0
     assert set(files.iterdir()) == before
@@ -72,7 +73,9 @@ def test_plots_are_written_where_asked_only(files, command) -> None:
         (("--embeddings", "test.npz", "-p", "knnn"), "'knn'"),
     ],
 )
-def test_mistakes_cost_one_message_and_exit_code_2(files, command, monkeypatch, arguments, words) -> None:
+def test_mistakes_cost_one_message_and_exit_code_2(
+    files: Any, command: Any, monkeypatch: Any, arguments: Any, words: Any
+) -> None:
     monkeypatch.chdir(files)
     code, out, err = command(*arguments)
     assert code == 2
@@ -105,7 +108,7 @@ def run_id() -> str:
     return run.run_id
 
 
-def test_a_run_is_judged_on_its_own_data_by_its_own_job(run_id, command) -> None:
+def test_a_run_is_judged_on_its_own_data_by_its_own_job(run_id: Any, command: Any) -> None:
     from armillary.data.splits import prepare
     from armillary.evaluation.suite import evaluate_encoder, metrics_of
     from armillary.spec.jobs import DataSpec
@@ -123,13 +126,13 @@ def test_a_run_is_judged_on_its_own_data_by_its_own_job(run_id, command) -> None
     assert 0.2 < found["metrics"]["knn/top1"] < 1.0
 
 
-def test_a_protocol_that_does_not_fit_the_split_is_refused(run_id, command) -> None:
+def test_a_protocol_that_does_not_fit_the_split_is_refused(run_id: Any, command: Any) -> None:
     code, _, err = command(run_id, "-p", "clustering")
     assert code == 2
     assert "data.split" in err
 
 
-def test_a_run_without_a_model_is_refused(run_id, command) -> None:
+def test_a_run_without_a_model_is_refused(run_id: Any, command: Any) -> None:
     from armillary.training.rundir import RunDirectory
 
     (RunDirectory.find(run_id).path / "model" / "model.json").unlink()

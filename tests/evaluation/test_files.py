@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import zipfile
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +17,13 @@ from armillary.spec.errors import UserError
 POINTS = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
-def write_parquet(path, embeddings, labels, **columns):
+def write_parquet(path: Any, embeddings: Any, labels: Any, **columns: Any) -> Any:
     pq.write_table(pa.table({"embeddings": embeddings, "labels": labels, **columns}), path)
     return path
 
 
 @pytest.mark.parametrize("labels", [np.array([0, 0, 5, 5]), np.array(["ann", "ann", "bo", "bo"])])
-def test_npz_round_trip(tmp_path, labels) -> None:
+def test_npz_round_trip(tmp_path: Any, labels: Any) -> None:
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "a.npz", embeddings=POINTS, labels=labels, extra=np.zeros(3))
         embeddings, found = read_embeddings(tmp_path / "a.npz")
@@ -34,7 +35,7 @@ def test_npz_round_trip(tmp_path, labels) -> None:
 @pytest.mark.parametrize(
     "kind", [pa.list_(pa.float32()), pa.list_(pa.float64(), 3), pa.large_list(pa.float32()), pa.list_(pa.int8())]
 )
-def test_parquet_round_trip(tmp_path, kind) -> None:
+def test_parquet_round_trip(tmp_path: Any, kind: Any) -> None:
     column = pa.array(POINTS.astype(int if kind.value_type == pa.int8() else float).tolist(), type=kind)
     for labels in (pa.array([0, 0, 5, 5]), pa.array(["a", "a", "b", "b"]), pa.array(list("aabb")).dictionary_encode()):
         embeddings, found = read_embeddings(write_parquet(tmp_path / "a.parquet", column, labels))
@@ -42,7 +43,7 @@ def test_parquet_round_trip(tmp_path, kind) -> None:
         assert found.tolist() == labels.to_pylist()
 
 
-def test_parquet_in_several_row_groups(tmp_path) -> None:
+def test_parquet_in_several_row_groups(tmp_path: Any) -> None:
     table = pa.table({"embeddings": POINTS.tolist(), "labels": [0, 0, 1, 1]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1)
     embeddings, labels = read_embeddings(tmp_path / "a.parquet")
@@ -63,7 +64,7 @@ def test_parquet_in_several_row_groups(tmp_path) -> None:
         ({"embeddings": np.where(POINTS == 7, np.nan, POINTS), "labels": [0, 0, 1, 1]}, "1 of 4 rows .* row 2"),
     ],
 )
-def test_wrong_arrays_are_named(tmp_path, arrays, words) -> None:
+def test_wrong_arrays_are_named(tmp_path: Any, arrays: Any, words: Any) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, **arrays)
     with pytest.raises(UserError) as caught:
@@ -73,11 +74,11 @@ def test_wrong_arrays_are_named(tmp_path, arrays, words) -> None:
 
 
 class Bomb:
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return os.mkdir, (os.environ["BOMB"],)
 
 
-def test_object_arrays_are_refused_and_never_unpickled(tmp_path, monkeypatch) -> None:
+def test_object_arrays_are_refused_and_never_unpickled(tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
     path = tmp_path / "a.npz"
     np.savez(path, embeddings=POINTS, labels=np.array([Bomb()] * 4, dtype=object))
@@ -89,20 +90,20 @@ def test_object_arrays_are_refused_and_never_unpickled(tmp_path, monkeypatch) ->
     assert not (tmp_path / "exploded").exists()
 
 
-def npy(array) -> bytes:
+def npy(array: Any) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
 
 
-def write_zip(path, embeddings: bytes, labels: bytes):
+def write_zip(path: Any, embeddings: bytes, labels: bytes) -> Any:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("embeddings.npy", embeddings)
         archive.writestr("labels.npy", labels)
     return path
 
 
-def test_a_header_that_claims_more_than_there_is_costs_no_memory(tmp_path) -> None:
+def test_a_header_that_claims_more_than_there_is_costs_no_memory(tmp_path: Any) -> None:
     honest = npy(POINTS)
     lying = honest.replace(b"'shape': (4, 3), ", b"'shape': (9999999999, 9999), ")
     lying = lying[:8] + (len(lying) - len(POINTS.tobytes()) - 10).to_bytes(2, "little") + lying[10:]
@@ -111,7 +112,7 @@ def test_a_header_that_claims_more_than_there_is_costs_no_memory(tmp_path) -> No
         read_embeddings(path)
 
 
-def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkeypatch) -> None:
+def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Any, monkeypatch: Any) -> None:
     import psutil
 
     class Tiny:
@@ -126,7 +127,7 @@ def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkey
 
 
 @pytest.mark.parametrize("ending", ["npz", "parquet"])
-def test_every_truncation_is_a_clear_error(tmp_path, ending) -> None:
+def test_every_truncation_is_a_clear_error(tmp_path: Any, ending: Any) -> None:
     whole = tmp_path / f"whole.{ending}"
     if ending == "npz":
         np.savez_compressed(whole, embeddings=POINTS, labels=[0, 0, 1, 1])
@@ -141,7 +142,7 @@ def test_every_truncation_is_a_clear_error(tmp_path, ending) -> None:
 
 
 @pytest.mark.parametrize("ending", ["npz", "parquet"])
-def test_damage_is_read_rightly_or_refused(tmp_path, ending) -> None:
+def test_damage_is_read_rightly_or_refused(tmp_path: Any, ending: Any) -> None:
     path = tmp_path / f"a.{ending}"
     if ending == "npz":
         np.savez_compressed(path, embeddings=POINTS, labels=[0, 0, 1, 1])
@@ -173,13 +174,13 @@ def test_damage_is_read_rightly_or_refused(tmp_path, ending) -> None:
         ([[1.0, 2.0], [1.0, float("inf")]], [0, 1], "row 1"),
     ],
 )
-def test_wrong_parquet_columns_are_named(tmp_path, embeddings, labels, words) -> None:
+def test_wrong_parquet_columns_are_named(tmp_path: Any, embeddings: Any, labels: Any, words: Any) -> None:
     column = pa.array(embeddings, type=pa.list_(pa.float32())) if embeddings == [[], []] else pa.array(embeddings)
     with pytest.raises(UserError, match=words):
         read_embeddings(write_parquet(tmp_path / "a.parquet", column, labels))
 
 
-def test_what_is_no_file_of_ours(tmp_path) -> None:
+def test_what_is_no_file_of_ours(tmp_path: Any) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_embeddings(tmp_path / "none.npz")
     with pytest.raises(UserError, match="is not a file"):

@@ -1,5 +1,7 @@
 """The registry, its input checks, and the suite on an encoder."""
 
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ CLOSED = ("few_label", "knn", "probe")
 
 
 @pytest.mark.parametrize("name", protocols.names())
-def test_every_protocol_runs_names_its_metrics_and_documents_them(blobs, name) -> None:
+def test_every_protocol_runs_names_its_metrics_and_documents_them(blobs: Any, name: Any) -> None:
     points, labels = blobs(classes=6, per_class=20)
     train, train_labels = blobs(classes=6, per_class=20)
     result = protocols.evaluate(name, points, labels, train_embeddings=train, train_labels=train_labels)
@@ -30,14 +32,13 @@ def test_every_protocol_runs_names_its_metrics_and_documents_them(blobs, name) -
 
 
 @pytest.mark.parametrize("name", protocols.names())
-def test_tensors_and_float32_are_as_good_as_arrays(blobs, name) -> None:
+def test_tensors_and_float32_are_as_good_as_arrays(blobs: Any, name: Any) -> None:
     points, labels = blobs(classes=4, per_class=6)
     points = points.astype(np.float32)
-    options = {"train_embeddings": points[::2], "train_labels": labels[::2]}
+    options: dict[str, Any] = {"train_embeddings": points[::2], "train_labels": labels[::2]}
     arrays = protocols.evaluate(name, points, labels, **options)
-    tensors = protocols.evaluate(
-        name, torch.tensor(points), torch.tensor(labels), **{k: torch.tensor(v) for k, v in options.items()}
-    )
+    options = {key: torch.tensor(value) for key, value in options.items()}
+    tensors = protocols.evaluate(name, torch.tensor(points), torch.tensor(labels), **options)
     assert tensors.metrics == arrays.metrics
 
 
@@ -52,7 +53,8 @@ def test_requirements_say_which_split_fits() -> None:
     for name in protocols.names():
         wants = protocols.requirements(name)
         assert wants.needs_train == (name in CLOSED)
-        for split, closed in (("sample", True), ("identity", False)):
+        splits: tuple[tuple[Literal["sample", "identity"], bool], ...] = (("sample", True), ("identity", False))
+        for split, closed in splits:
             if wants.closed_set in (None, closed):
                 check_protocols([name], split)
             else:
@@ -74,7 +76,7 @@ def test_requirements_say_which_split_fits() -> None:
         (np.ones((1, 2)), [0], "two embeddings"),
     ],
 )
-def test_malformed_input_is_refused(embeddings, labels, words) -> None:
+def test_malformed_input_is_refused(embeddings: Any, labels: Any, words: Any) -> None:
     with pytest.raises(UserError, match=words):
         protocols.evaluate("geometry", embeddings, labels)
 
@@ -87,7 +89,7 @@ class Probe(nn.Module):
         self.frozen, self.norm = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
         self.sizes: list[int] = []
 
-    def forward(self, images):
+    def forward(self, images: Any) -> Any:
         assert not self.training
         assert not torch.is_grad_enabled()
         self.sizes.append(len(images))
@@ -98,13 +100,13 @@ def test_extract_batches_scales_and_restores_every_mode() -> None:
     encoder = Probe().train()
     encoder.frozen.eval()
     images = torch.arange(5 * 4, dtype=torch.uint8).reshape(5, 1, 1, 4)
-    before = encoder.norm.running_mean.clone()
+    before = encoder.norm.state_dict()["running_mean"].clone()
     embeddings = extract(encoder, images, batch_size=2)
     assert encoder.sizes == [2, 2, 1]
     assert embeddings.dtype == torch.float32
     torch.testing.assert_close(embeddings, images[:, 0, 0].float() / 255, rtol=1e-4, atol=1e-6)
     assert (encoder.training, encoder.norm.training, encoder.frozen.training) == (True, True, False)
-    assert torch.equal(encoder.norm.running_mean, before)
+    assert torch.equal(encoder.norm.state_dict()["running_mean"], before)
 
 
 def test_extract_averages_the_mirrored_image() -> None:

@@ -1,5 +1,7 @@
 """Identification and retrieval against plain loops, and the rule for ties."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from armillary.evaluation.result import EvaluationSet
 from armillary.spec.errors import UserError
 
 
-def slow_ranking(points, labels, query):
+def slow_ranking(points: Any, labels: Any, query: Any) -> Any:
     """The others from best to worst; among equals, other classes first. Says for each whether it is a mate."""
     unit = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-300)
     others = [i for i in range(len(labels)) if i != query]
@@ -17,7 +19,7 @@ def slow_ranking(points, labels, query):
     return np.array([labels[i] == labels[query] for i in others])
 
 
-def slow_metrics(points, labels):
+def slow_metrics(points: Any, labels: Any) -> Any:
     rows = [r for r in (slow_ranking(points, labels, q) for q in range(len(labels))) if r.any()]
     first = np.array([np.flatnonzero(r)[0] + 1 for r in rows])
     precision = [r[: r.sum()].mean() for r in rows]
@@ -31,7 +33,7 @@ def slow_metrics(points, labels):
     }
 
 
-def tied(blobs):
+def tied(blobs: Any) -> Any:
     points, labels = blobs(classes=5, per_class=4, width=2)
     labels[:6] = [0, 0, 0, 0, 0, 77]  # classes of unequal size, one of a single image
     return np.round(points), labels
@@ -39,7 +41,7 @@ def tied(blobs):
 
 @pytest.mark.parametrize("case", ["plain", "ties"])
 @pytest.mark.parametrize("elements", [None, 1, 60])
-def test_equals_plain_loops_at_any_block_size(blobs, case, elements) -> None:
+def test_equals_plain_loops_at_any_block_size(blobs: Any, case: Any, elements: Any) -> None:
     points, labels = blobs(noise=2.0) if case == "plain" else tied(blobs)
     labels = np.unique(labels, return_inverse=True)[1]
     data = EvaluationSet(points, labels)
@@ -47,7 +49,7 @@ def test_equals_plain_loops_at_any_block_size(blobs, case, elements) -> None:
     assert found == pytest.approx(slow_metrics(points, labels), abs=1e-9)
 
 
-def test_order_of_samples_does_not_matter(blobs) -> None:
+def test_order_of_samples_does_not_matter(blobs: Any) -> None:
     points, labels = tied(blobs)
     order = np.random.default_rng(0).permutation(len(labels))
     for name in ("identification", "retrieval"):
@@ -69,7 +71,7 @@ def test_random_embeddings_are_at_chance() -> None:
     assert metrics["identification/rank5"] == pytest.approx(1 - 0.9**5, abs=0.06)
 
 
-def test_the_cmc_rises_to_one_and_passes_the_metrics(blobs) -> None:
+def test_the_cmc_rises_to_one_and_passes_the_metrics(blobs: Any) -> None:
     points, labels = blobs(noise=2.0)
     result = evaluate("identification", points, labels)
     cmc = result.curves["cmc"]
@@ -85,12 +87,12 @@ def test_fewer_than_five_others_is_rank_five_among_all() -> None:
 
 
 @pytest.mark.parametrize("name", ["identification", "retrieval"])
-def test_only_single_images_are_refused(name) -> None:
+def test_only_single_images_are_refused(name: Any) -> None:
     with pytest.raises(UserError, match="two images"):
         evaluate(name, np.eye(3), [0, 1, 2])
 
 
-def test_map_at_r_agrees_with_pytorch_metric_learning(blobs) -> None:
+def test_map_at_r_agrees_with_pytorch_metric_learning(blobs: Any) -> None:
     torch = pytest.importorskip("torch")
     calculator_module = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
     from pytorch_metric_learning.distances import CosineSimilarity

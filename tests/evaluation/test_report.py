@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +15,15 @@ from armillary.evaluation.report import Code, Heading, Paragraph, Plot, Table, h
 
 
 @pytest.fixture
-def curves(blobs):
-    def run(seed, noise):
+def curves(blobs: Any) -> Any:
+    def run(seed: Any, noise: Any) -> Any:
         result = evaluate("verification", *blobs(noise=noise, seed=seed))
         return result.curves["roc_far"], result.curves["roc_tar"]
 
     return {"a & <b>": [run(0, 1.0), run(1, 1.0)], "plain": [run(2, 2.0)]}
 
 
-def test_bands_span_the_runs_and_read_the_curve_off_exactly(curves) -> None:
+def test_bands_span_the_runs_and_read_the_curve_off_exactly(curves: Any) -> None:
     two, one = roc_bands(curves)
     assert (two.runs, one.runs) == (2, 1)
     assert (two.low <= two.mean).all()
@@ -35,7 +36,7 @@ def test_bands_span_the_runs_and_read_the_curve_off_exactly(curves) -> None:
     assert one.mean[-1] == 1.0
 
 
-def test_the_figure_shows_mean_and_band_on_a_log_axis(curves) -> None:
+def test_the_figure_shows_mean_and_band_on_a_log_axis(curves: Any) -> None:
     figure = roc_figure(curves)
     shown = [trace.name for trace in figure.data if trace.showlegend is not False]
     assert shown == ["a & <b> (2 runs)", "plain"]
@@ -58,7 +59,7 @@ def test_nothing_to_draw_is_refused() -> None:
         cmc_figure({})
 
 
-def test_png_files_hold_a_picture(curves, tmp_path) -> None:
+def test_png_files_hold_a_picture(curves: Any, tmp_path: Any) -> None:
     save_roc_png(curves, tmp_path / "roc.png")
     save_cmc_png({"a": [[0.5, 0.7, 1.0]]}, tmp_path / "cmc.png")
     for name in ("roc.png", "cmc.png"):
@@ -77,15 +78,15 @@ class Structure(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: Any, attrs: Any) -> None:
         self.elements.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: Any) -> None:
         assert self.open.pop() == tag
 
-    def count(self, tag):
+    def count(self, tag: Any) -> Any:
         return sum(name == tag for name, _ in self.elements)
 
 
@@ -93,14 +94,14 @@ NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"quot
 
 
 @pytest.fixture
-def page(curves):
+def page(curves: Any) -> Any:
     table = Table((NASTY, "runs", "auc"), [(NASTY, 2, 0.5), ("b", None, "0.91 ± 0.02")], NASTY, highlight=0)
     curves = {NASTY: curves["plain"]}
     plots = [Plot(roc_figure(curves, title=NASTY), NASTY), Plot(cmc_figure({NASTY: [[0.5, 1.0]]}), "two")]
     return html_page(NASTY, [Heading(NASTY), Paragraph(NASTY, strong=True), Code(NASTY, NASTY), table, *plots])
 
 
-def test_text_never_becomes_markup(page) -> None:
+def test_text_never_becomes_markup(page: Any) -> None:
     structure = Structure()
     structure.feed(page)
     assert structure.open == []
@@ -110,7 +111,7 @@ def test_text_never_becomes_markup(page) -> None:
     assert not [attrs for _, attrs in structure.elements if any(name.startswith("on") for name in attrs)]
 
 
-def test_the_page_needs_no_network_and_holds_plotly_once(page) -> None:
+def test_the_page_needs_no_network_and_holds_plotly_once(page: Any) -> None:
     structure = Structure()
     structure.feed(page)
     assert not [attrs for _, attrs in structure.elements if {"src", "href"} & attrs.keys()]
@@ -119,14 +120,14 @@ def test_the_page_needs_no_network_and_holds_plotly_once(page) -> None:
     assert len(html_page("short", [Paragraph("no figure")])) < 10_000
 
 
-def test_figures_keep_their_numbers(page, curves) -> None:
+def test_figures_keep_their_numbers(page: Any, curves: Any) -> None:
     data = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
     cmc = json.loads(data[1])
     assert cmc["data"][0]["name"] == NASTY
     assert cmc["layout"]["yaxis"]["title"]["text"] == "share of queries found"
 
 
-def test_tables_are_readable_by_machines_and_people(page) -> None:
+def test_tables_are_readable_by_machines_and_people(page: Any) -> None:
     structure = Structure()
     structure.feed(page)
     assert [attrs.get("scope") for tag, attrs in structure.elements if tag == "th"] == ["col"] * 3 + ["row"] * 2

@@ -1,5 +1,7 @@
 """k-NN, probe and few labels: judged with the help of training embeddings."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -17,17 +19,17 @@ NAMES = ("knn", "probe", "few_label")
 
 
 @pytest.fixture
-def digits():
+def digits() -> Any:
     data, target = load_digits(return_X_y=True)
     return {"train": (data[:900], target[:900]), "test": (data[900:], target[900:])}
 
 
-def judge(name, digits, **changes):
+def judge(name: Any, digits: Any, **changes: Any) -> Any:
     options = {"train_embeddings": digits["train"][0], "train_labels": digits["train"][1]} | changes
     return evaluate(name, *digits["test"], **options)
 
 
-def test_knn_equals_scikit_learn(digits) -> None:
+def test_knn_equals_scikit_learn(digits: Any) -> None:
     (train, labels), (test, truth) = digits["train"], digits["test"]
     metrics = judge("knn", digits).metrics
     votes = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(train, labels)
@@ -41,7 +43,7 @@ def test_knn_equals_scikit_learn(digits) -> None:
     assert knn(sure).metrics["knn/top1_plain"] == pytest.approx(plain.score(test[clear], truth[clear]))
 
 
-def test_knn_does_not_depend_on_blocks_or_order(digits) -> None:
+def test_knn_does_not_depend_on_blocks_or_order(digits: Any) -> None:
     (train, labels), (test, truth) = digits["train"], digits["test"]
     # Copies under other labels: ties at every place.
     train, labels = np.vstack([train, train]), np.concatenate([labels, (labels + 1) % 10])
@@ -57,7 +59,7 @@ def test_a_gallery_smaller_than_k_is_used_whole() -> None:
     assert metrics == {"knn/top1": 1.0, "knn/top1_plain": 1.0}
 
 
-def test_probe_is_logistic_regression_on_standardised_embeddings(digits) -> None:
+def test_probe_is_logistic_regression_on_standardised_embeddings(digits: Any) -> None:
     (train, labels), (test, truth) = digits["train"], digits["test"]
     scaler = StandardScaler().fit(train)
     expected = (
@@ -67,7 +69,7 @@ def test_probe_is_logistic_regression_on_standardised_embeddings(digits) -> None
     assert expected > 0.9
 
 
-def test_more_labels_help_and_more_than_chance(digits) -> None:
+def test_more_labels_help_and_more_than_chance(digits: Any) -> None:
     metrics = judge("few_label", digits).metrics
     few, more = metrics["few_label/top1_1pct"], metrics["few_label/top1_10pct"]
     assert 0.3 < few < more < judge("probe", digits).metrics["probe/top1"]
@@ -80,21 +82,21 @@ def test_the_share_is_stratified_and_never_empty() -> None:
     assert len(np.unique(chosen)) == len(chosen)
 
 
-def test_the_seed_fixes_the_draws(digits) -> None:
+def test_the_seed_fixes_the_draws(digits: Any) -> None:
     first, second = judge("few_label", digits, seed=1), judge("few_label", digits, seed=1)
     assert first.metrics == second.metrics
     assert judge("few_label", digits, seed=2).metrics != first.metrics
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shuffled_training_labels_give_chance(digits, name) -> None:
+def test_shuffled_training_labels_give_chance(digits: Any, name: Any) -> None:
     shuffled = np.random.default_rng(0).permutation(digits["train"][1])
     for value in judge(name, digits, train_labels=shuffled).metrics.values():
         assert value == pytest.approx(0.1, abs=0.07)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_cannot_be_judged_is_refused(digits, name) -> None:
+def test_what_cannot_be_judged_is_refused(digits: Any, name: Any) -> None:
     with pytest.raises(UserError, match="training embeddings"):
         evaluate(name, *digits["test"])
     with pytest.raises(UserError, match="open set"):

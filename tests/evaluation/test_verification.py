@@ -1,5 +1,7 @@
 """Verification against scikit-learn, a quadratic reference, and itself with memory for almost nothing."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -12,7 +14,7 @@ from armillary.evaluation.verification import best_threshold, fold_accuracies, v
 from armillary.spec.errors import UserError
 
 
-def all_pairs(embeddings, labels):
+def all_pairs(embeddings: Any, labels: Any) -> Any:
     """Every unordered pair in two plain loops: cosine and whether it is genuine."""
     scores, same = [], []
     for i in range(len(labels)):
@@ -24,7 +26,7 @@ def all_pairs(embeddings, labels):
     return np.array(scores), np.array(same)
 
 
-def slow_figures(scores, same):
+def slow_figures(scores: Any, same: Any) -> Any:
     """AUC by comparing every genuine with every impostor pair; TAR by trying every threshold."""
     genuine, impostor = scores[same], scores[~same]
     wins = sum((g > impostor).sum() + 0.5 * (g == impostor).sum() for g in genuine)
@@ -37,7 +39,7 @@ def slow_figures(scores, same):
     return figures
 
 
-def slow_eer(scores, same):
+def slow_eer(scores: Any, same: Any) -> Any:
     """Walks along scikit-learn's curve to the segment that meets FAR = 1 - TAR."""
     far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
     for i in range(1, len(far)):
@@ -47,7 +49,7 @@ def slow_eer(scores, same):
     raise AssertionError("the curve ends at (1, 1)")
 
 
-def with_ties(blobs):
+def with_ties(blobs: Any) -> Any:
     """Copies, a zero vector, a class of one image and few distinct directions."""
     points, labels = blobs(classes=6, per_class=5, width=3)
     points = np.round(points)
@@ -57,7 +59,7 @@ def with_ties(blobs):
 
 
 @pytest.mark.parametrize("case", ["plain", "ties", "two classes"])
-def test_equals_scikit_learn_and_the_slow_reference(blobs, case) -> None:
+def test_equals_scikit_learn_and_the_slow_reference(blobs: Any, case: Any) -> None:
     if case == "ties":
         points, labels = with_ties(blobs)
     else:
@@ -73,7 +75,7 @@ def test_equals_scikit_learn_and_the_slow_reference(blobs, case) -> None:
         assert y == pytest.approx(tar[far <= x + 1e-12].max(), abs=1e-9)
 
 
-def test_the_thresholds_of_the_curve_give_its_rates(blobs) -> None:
+def test_the_thresholds_of_the_curve_give_its_rates(blobs: Any) -> None:
     points, labels = with_ties(blobs)
     scores, same = all_pairs(points, labels)
     curves = evaluate("verification", points, labels).curves
@@ -84,7 +86,7 @@ def test_the_thresholds_of_the_curve_give_its_rates(blobs) -> None:
 
 @pytest.mark.parametrize("classes", [2, 7, 30])
 @pytest.mark.parametrize(("elements", "capacity"), [(1, 1), (50, 3), (1000, 40)])
-def test_little_memory_gives_the_same_result(blobs, classes, elements, capacity) -> None:
+def test_little_memory_gives_the_same_result(blobs: Any, classes: Any, elements: Any, capacity: Any) -> None:
     points, labels = blobs(classes=classes, per_class=60 // classes, width=4)
     points = np.round(points, 1)
     order = np.random.default_rng(1).permutation(len(labels))
@@ -96,7 +98,7 @@ def test_little_memory_gives_the_same_result(blobs, classes, elements, capacity)
     np.testing.assert_allclose(parts.curves["roc_tar"], whole.curves["roc_tar"], atol=1e-12)
 
 
-def test_blocks_hold_no_more_than_allowed(blobs) -> None:
+def test_blocks_hold_no_more_than_allowed(blobs: Any) -> None:
     points, labels = blobs(classes=40, per_class=10)
     pairs = module.AllPairs(points, labels, elements=500)
     for stream, total in ((pairs.genuine, pairs.num_genuine), (pairs.impostor, pairs.num_impostor)):
@@ -105,7 +107,7 @@ def test_blocks_hold_no_more_than_allowed(blobs) -> None:
         assert sum(sizes) == total
 
 
-def test_order_of_samples_and_names_of_classes_do_not_matter(blobs) -> None:
+def test_order_of_samples_and_names_of_classes_do_not_matter(blobs: Any) -> None:
     points, labels = with_ties(blobs)
     order = np.random.default_rng(3).permutation(len(labels))
     names = np.array([f"person {label}" for label in labels])
@@ -115,7 +117,7 @@ def test_order_of_samples_and_names_of_classes_do_not_matter(blobs) -> None:
         assert second.metrics[name] == pytest.approx(first.metrics[name], abs=1e-12), name
 
 
-def test_length_does_not_matter_and_nothing_is_changed(blobs) -> None:
+def test_length_does_not_matter_and_nothing_is_changed(blobs: Any) -> None:
     points, labels = blobs()
     scaled = points * np.geomspace(1e-200, 1e200, len(points))[:, None]
     before = scaled.copy()
@@ -155,12 +157,12 @@ def test_only_rates_that_the_pairs_resolve_are_given() -> None:
 
 
 @pytest.mark.parametrize(("labels", "words"), [([0, 1, 2, 3], "two images"), ([0, 0, 0, 0], "two classes")])
-def test_sets_without_both_kinds_of_pairs_are_refused(labels, words) -> None:
+def test_sets_without_both_kinds_of_pairs_are_refused(labels: Any, words: Any) -> None:
     with pytest.raises(UserError, match=words):
         evaluate("verification", np.eye(4), labels)
 
 
-def test_sampled_pairs_are_distinct_and_of_their_kind(blobs, monkeypatch) -> None:
+def test_sampled_pairs_are_distinct_and_of_their_kind(blobs: Any, monkeypatch: Any) -> None:
     points, labels = blobs(classes=5, per_class=4)
     pairs = module.AllPairs(points, labels)
     scores, same = pairs.sample(pairs.num_genuine, seed=1)
@@ -171,7 +173,7 @@ def test_sampled_pairs_are_distinct_and_of_their_kind(blobs, monkeypatch) -> Non
     assert np.isclose(drawn[:, None], expected[~truth][None, :], atol=1e-9).any(axis=1).all()
 
 
-def test_best_threshold_is_as_good_as_any(blobs) -> None:
+def test_best_threshold_is_as_good_as_any(blobs: Any) -> None:
     scores, same = all_pairs(*blobs(classes=4, per_class=4, noise=2.0))
     found = ((scores >= best_threshold(scores, same)) == same).mean()
     assert found == max(((scores >= t) == same).mean() for t in np.append(scores, np.inf))
