@@ -33,7 +33,7 @@ class Sound(Objective):
         temperature: float = Field(0.2, ge=0.01, le=1, description="divides the cosines")
         doubled: bool = Field(False, description="twice the loss")
 
-    def build(self, context: BuildContext) -> None:  # noqa: ARG002
+    def build(self, context: BuildContext) -> None:
         self.loss = losses.SupCon(self.hyperparameters.temperature)
 
     def forward(self, batch: Batch) -> Output:
@@ -81,12 +81,12 @@ class HidesItsState(Sound):
         output = super().forward(batch)
         return Output(output.loss * (1 + self.steps), output.metrics)
 
-    def after_step(self, step: int) -> None:  # noqa: ARG002
+    def after_step(self, step: int) -> None:
         self.steps += 1
 
 
 class SeesItsOwnWorkerOnly(Sound):
-    def build(self, context: BuildContext) -> None:  # noqa: ARG002
+    def build(self, context: BuildContext) -> None:
         self.loss = losses.SupCon(self.hyperparameters.temperature, gather=False)
 
 

@@ -15,7 +15,7 @@ from armillary.training.desk import TrialHandle
 from armillary.training.records import create_run
 from armillary.training.rundir import write_atomically
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.1
 
 
 class CrewTrial(tune.Trainable):

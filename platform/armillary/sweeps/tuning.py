@@ -27,7 +27,7 @@ from armillary.training.crew import CrewPool, crew_pool
 from armillary.training.preflight import Plan, plan
 from armillary.training.rundir import RunDirectory, write_atomically
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.1
 
 
 class Trial(BaseModel):

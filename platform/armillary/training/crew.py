@@ -25,7 +25,7 @@ from armillary.data.splits import PreparedData, prepare
 from armillary.spec.home import home
 from armillary.spec.jobs import DataSpec, TrainJob
 from armillary.training.api import OnReport, Submission
-from armillary.training.desk import NAMESPACE, Desk, TrialHandle
+from armillary.training.desk import NAMESPACE, Desk, settle
 from armillary.training.launch import enter_worker, innermost, make_trainer
 from armillary.training.loop import execute
 from armillary.training.preflight import check_capacity, local_capacity, plan
@@ -33,7 +33,7 @@ from armillary.training.records import create_run
 from armillary.training.rundir import RunDirectory, RunRecord
 from armillary.training.session import ray_session
 
-_IDLE_SECONDS = 0.05
+_IDLE_SECONDS = 0.1
 
 
 class CrewPool:
@@ -56,29 +56,36 @@ class CrewPool:
         Raises:
             UserError: one of the jobs cannot run; nothing was started.
         """
+        import ray
+
         load = remembering_prepare()
         plans = [plan(item.job, prepared=load) for item in submissions]
         runs = [
             create_run(item.job, ready.data.fingerprint, group=item.group, variant=item.variant)
             for ready, item in zip(plans, submissions, strict=True)
         ]
-        handles = [TrialHandle(self.desk, run, item.job) for run, item in zip(runs, submissions, strict=True)]
-        pending = list(handles)
+        desk: Any = ray.get_actor(self.desk, namespace=NAMESPACE)
+        positions = {
+            ray.get(desk.submit.remote(str(run.path), item.job)): at
+            for at, (run, item) in enumerate(zip(runs, submissions, strict=True))
+        }
+        seen = dict.fromkeys(positions, 0)
         try:
-            while pending:
-                for handle in list(pending):
-                    for step, metrics in handle.new_reports():
+            while seen:
+                for run_id, (reports, done, error) in ray.get(desk.poll_all.remote(seen)).items():
+                    seen[run_id] += len(reports)
+                    for step, metrics in reports:
                         if on_report:
-                            on_report(handle.run.run_id, step, metrics)
-                    if handle.done:
-                        pending.remove(handle)
-                        handle.settle()
+                            on_report(run_id, step, metrics)
+                    if done:
+                        del seen[run_id]
+                        settle(runs[positions[run_id]], error)
                         if on_finish:
-                            on_finish(handles.index(handle), handle.run)
+                            on_finish(positions[run_id], runs[positions[run_id]])
                 time.sleep(_IDLE_SECONDS)
         except KeyboardInterrupt:
-            for handle in pending:
-                handle.run.update(status="stopped", error="interrupted")
+            for run_id in seen:
+                runs[positions[run_id]].update(status="stopped", error="interrupted")
             raise
         return [run.record() for run in runs]
 

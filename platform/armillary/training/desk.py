@@ -64,6 +64,11 @@ class Desk:
         task = self._tasks[run_id]
         return task.reports[seen:], task.done, task.error
 
+    def poll_all(self, seen: dict[str, int]) -> dict[str, tuple[list[tuple[int, dict[str, float]]], bool, str | None]]:
+        """:meth:`poll` for many runs at once; those with nothing new are left out."""
+        answers = {run_id: self.poll(run_id, count) for run_id, count in seen.items()}
+        return {run_id: answer for run_id, answer in answers.items() if answer[0] or answer[1]}
+
     def stop(self, run_id: str) -> None:
         """Asks a run to stop at its next report; one still waiting never starts."""
         task = self._tasks[run_id]
@@ -107,8 +112,13 @@ class TrialHandle:
         self._get(self._desk.stop.remote(self.run.run_id))
 
     def settle(self) -> RunRecord:
-        """The record of an ended run; a crash is written into it."""
-        record = self.run.record()
-        if record.status in ("created", "running"):
-            record = self.run.update(status="failed" if self.error else "stopped", error=self.error)
-        return record
+        """The record of the ended run; a crash is written into it."""
+        return settle(self.run, self.error)
+
+
+def settle(run: RunDirectory, error: str | None) -> RunRecord:
+    """The record of a run whose crew is done with it; a crash, which could write none itself, is written into it."""
+    record = run.record()
+    if record.status in ("created", "running"):
+        record = run.update(status="failed" if error else "stopped", error=error)
+    return record
