@@ -12,6 +12,7 @@ from armillary.cli import regress
 from armillary.regression.results import latest_result, load_results
 from armillary.regression.runner import Runner
 from armillary.spec.errors import UserError
+from armillary.spec.jobs import ObjectiveSpec, TrainJob, TrainSpec
 
 NIGHTLY = """\
 kind: regression
@@ -102,6 +103,31 @@ def test_a_train_job_is_no_regression(file: str, tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("objective: {name: normface}\n")
     with pytest.raises(UserError, match="found 'train'"):
         call("run", "train.yaml")
+
+
+def test_jobs_share_crews_only_with_the_same_workers() -> None:
+    objective = ObjectiveSpec(name="arcface")
+    jobs = [TrainJob(objective=objective, train=TrainSpec(workers=count)) for count in (1, 2, 1)]
+    assert regress._worker_groups(jobs) == [[0, 2], [1]]
+
+
+# Six runs and two starts of Ray: about a minute of its own, many times that on a busy machine.
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_planted_drop_on_real_crews(tmp_path: Path, armillary_home: Path) -> None:
+    """Ray, DeepSpeed and the ORL faces: an untrained network in place of a trained one is an alarm."""
+    path = tmp_path / "faces.yaml"
+    path.write_text(
+        "kind: regression\nname: faces\nseeds: [0, 1, 2]\nconcurrent: 1\n"
+        "jobs: [{job: {objective: {name: arcface, scale: 16}, data: {image_size: [56, 48]}, train: {epochs: 12}}}]\n"
+        "metrics: [{name: verification/auc, tolerance: 0.005}]\n"
+    )
+    assert call("run", str(path)).exit_code == 0
+    call("bless", "faces", "--why", "first light")
+    assert call("run", str(path), "train.epochs=0").exit_code == 1
+    (decision,) = json.loads(call("check", "faces", "--json").stdout)["decisions"]
+    assert (decision["verdict"], decision["method"]) == ("regressed", "paired")
+    assert latest_result("faces").runs[0].fingerprint
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from armillary.regression.gate import Decision
     from armillary.regression.results import RegressionResult
-    from armillary.regression.runner import OnResult
+    from armillary.regression.runner import OnResult, Runner
     from armillary.spec.jobs import RegressionJob, TrainJob
     from armillary.training.api import Submission
     from armillary.training.rundir import RunRecord
@@ -181,15 +181,34 @@ def _preflight(jobs: Sequence[TrainJob]) -> None:
         plan(job)
 
 
-def _crew_runner(concurrent: int) -> Any:
+def _crew_runner(concurrent: int) -> Runner:
     from armillary.cli.progress import progress
     from armillary.sweeps.matrix import run_matrix
 
     def runner(submissions: Sequence[Submission], on_result: OnResult) -> list[RunRecord]:
-        with progress(f"{len(submissions)} runs", [item.job for item in submissions]) as bar:
-            return run_matrix(submissions, concurrent, on_report=bar.report, on_result=on_result)
+        jobs = [item.job for item in submissions]
+        records: dict[int, RunRecord] = {}
+        with progress(f"{len(submissions)} runs", jobs) as bar:
+            for positions in _worker_groups(jobs):
+
+                def finished(place: int, record: RunRecord, positions: list[int] = positions) -> None:
+                    on_result(positions[place], record)
+
+                chosen = [submissions[position] for position in positions]
+                done = run_matrix(chosen, concurrent, on_report=bar.report, on_result=finished)
+                records.update(zip(positions, done, strict=True))
+        return [records[position] for position in range(len(submissions))]
 
     return runner
+
+
+def _worker_groups(jobs: Sequence[TrainJob]) -> list[list[int]]:
+    """Positions of the jobs that can share crews: a crew keeps its number of workers, their resources, its cluster."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for position, job in enumerate(jobs):
+        group = (job.train.workers, job.train.gpus_per_worker, job.train.threads, job.cluster.address)
+        groups.setdefault(group, []).append(position)
+    return list(groups.values())
 
 
 def _print(result: RegressionResult, decisions: Sequence[Decision], json: bool) -> None:
