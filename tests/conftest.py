@@ -14,12 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def armillary_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def armillary_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state folder that no other test sees; the working directory moves out of the checkout too."""
     folder = tmp_path / "home"
     monkeypatch.setenv("ARMILLARY_HOME", str(folder))
     monkeypatch.chdir(tmp_path)
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -59,3 +59,11 @@ def test_a_metric_that_is_not_a_number_can_be_read_back() -> None:
     run.update(metrics={"verification/auc": float("nan")})
     assert all_runs()[0].record().metrics["verification/auc"] != 0
     assert str(run.record().metrics["verification/auc"]) == "nan"
+
+
+def test_a_run_has_one_owner_at_a_time() -> None:
+    run = make("20260101-a")
+    with run.claimed(), pytest.raises(UserError, match="still being trained"), run.claimed(patience=0.2):
+        pass
+    with run.claimed(patience=0.2):
+        pass

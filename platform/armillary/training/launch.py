@@ -56,7 +56,8 @@ def run_job(
         check_capacity(job, capacity)
         run = resume or create_run(job, ready.data.fingerprint, group=group, variant=variant)
         if resume:
-            write_atomically(run.path / "job.yaml", dump_job(job))
+            with run.claimed():
+                write_atomically(run.path / "job.yaml", dump_job(job))
         if on_start:
             on_start(run)
         thread = _Fit(job, run)

@@ -83,7 +83,8 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
     engine = Engine(objective, job, device)
     try:
         first = _resume(engine, resume_from, plan) if resume_from else 0
-        metrics: dict[str, float] = {}
+        # A run killed after its last epoch has only the evaluation left; its training metrics stand in the events.
+        metrics: dict[str, float] = next((event["metrics"] for event in run.events() if event["step"] == first), {})
         stopped = False
         for epoch in range(first, job.train.epochs):
             metrics = _train_epoch(engine, batches, plan, epoch)
@@ -110,6 +111,13 @@ def execute(
 
     A mistake of the user's or a diverged loss is recorded, not raised: training again would only repeat it.
     """
+    if collectives.rank() > 0:
+        return _execute(load_plan, run, report, resume_from)
+    with run.claimed():
+        return _execute(load_plan, run, report, resume_from)
+
+
+def _execute(load_plan: Callable[[], Plan], run: RunDirectory, report: Report, resume_from: Path | None) -> RunRecord:
     started, writes = time.monotonic(), collectives.rank() == 0
     before = run.record()
     if writes:

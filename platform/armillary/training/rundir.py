@@ -14,10 +14,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +117,28 @@ class RunDirectory:
         record = self.record().model_copy(update=changes)
         self.save(record)
         return record
+
+    @contextmanager
+    def claimed(self, patience: float = 60.0) -> Iterator[None]:
+        """Holds the run for this process; the claim goes with the process, however it ends.
+
+        Workers outlive a killed driver by some seconds. Without a claim they would still be writing checkpoints and
+        events while a resumed run does.
+
+        Raises:
+            UserError: another process still holds it after ``patience`` seconds.
+        """
+        deadline = time.monotonic() + patience
+        with (self.path / "claim").open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise UserError(f"run {self.run_id} is still being trained by another process") from None
+                    time.sleep(0.1)
+            yield
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The reports so far, oldest first; a line cut off by a kill is left out."""
