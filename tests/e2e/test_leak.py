@@ -11,7 +11,7 @@ from armillary.objectives import names, registry
 from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import apply_overrides, load_job
 from armillary.training.api import Submission
-from armillary.training.crew import crew_pool
+from armillary.training.crew import CrewPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
@@ -39,7 +39,7 @@ def supervised() -> list[str]:
     return [name for name in names() if "label" in registry.get(name).needs.fields]
 
 
-def test_shuffled_labels_drop_every_supervised_objective_to_the_untrained_level(orl: Path, ray_cluster: Any) -> None:
+def test_shuffled_labels_drop_every_supervised_objective_to_the_untrained_level(orl: Path, crews: CrewPool) -> None:
     base = load_job("quickstart", [])
     assert isinstance(base, TrainJob)
     base = apply_overrides(base, SMALL)
@@ -49,8 +49,7 @@ def test_shuffled_labels_drop_every_supervised_objective_to_the_untrained_level(
         for noise in (0.0, 1.0):
             # At 1 every label is replaced by one of the 27 wrong ones.
             jobs[name, noise] = apply_overrides(job, {"data.label_noise": noise})
-    with crew_pool(base, 2) as pool:
-        records = pool.run_all([Submission(job) for job in jobs.values()])
+    records = crews.run_all([Submission(job) for job in jobs.values()])
     assert [record.error for record in records] == [None] * len(jobs)
     auc = {key: record.metrics[METRIC] for key, record in zip(jobs, records, strict=True)}
     untrained = auc["untrained", 0.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -111,15 +112,16 @@ def test_jobs_share_crews_only_with_the_same_workers() -> None:
     assert regress._worker_groups(jobs) == [[0, 2], [1]]
 
 
-# Six runs and two starts of Ray: about a minute of its own, many times that on a busy machine.
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_planted_drop_on_real_crews(tmp_path: Path, armillary_home: Path) -> None:
+@pytest.mark.xdist_group("ray")
+def test_a_planted_drop_on_real_crews(
+    tmp_path: Path, armillary_home: Path, orl: Path, ray_cluster: Mapping[str, float]
+) -> None:
     """Ray, DeepSpeed and the ORL faces: an untrained network in place of a trained one is an alarm."""
     path = tmp_path / "faces.yaml"
     path.write_text(
         "kind: regression\nname: faces\nseeds: [0, 1, 2]\nconcurrent: 1\n"
-        "jobs: [{job: {objective: {name: arcface, scale: 16}, data: {image_size: [56, 48]}, train: {epochs: 12}}}]\n"
+        "jobs: [{job: {objective: {name: arcface, scale: 16}, data: {image_size: [28, 24]}, train: {epochs: 12}}}]\n"
         "metrics: [{name: verification/auc, tolerance: 0.005}]\n"
     )
     assert call("run", str(path)).exit_code == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,6 +10,7 @@ from armillary.spec.errors import UserError
 from armillary.spec.jobs import StudyJob
 from armillary.sweeps.report import answers, study_board, write_report
 from armillary.sweeps.studies import expand, run_study
+from armillary.training.crew import CrewPool
 
 
 def test_the_matrix(study_job: StudyJob) -> None:
@@ -33,9 +33,9 @@ def test_a_comparison_with_nobody(study_job: StudyJob) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-def test_a_study_is_run_ranked_and_reported(study_job: StudyJob, orl: Path, ray_cluster: Any) -> None:
+def test_a_study_is_run_ranked_and_reported(study_job: StudyJob, orl: Path, crews: CrewPool) -> None:
     job = study_job.model_copy(update={"folds": (0,)})
-    result = run_study(job)
+    result = run_study(job, pool=crews)
     assert len(result.records) == 7
     board = study_board(result)
     assert {group.variant for group in board.groups} == {"arcface", "normface", "pixels", "untrained"}

@@ -16,6 +16,7 @@ from armillary.spec.errors import UserError
 from armillary.spec.jobs import SweepJob
 from armillary.spec.loading import dump_job
 from armillary.sweeps.tuning import check_sweep, find_sweep, read_result, run_sweep, sweeps_dir
+from armillary.training.crew import CrewPool
 from armillary.training.rundir import all_runs
 
 
@@ -50,13 +51,14 @@ def test_no_sweep_to_resume() -> None:
 class TestRealSweeps:
     """On the session's cluster."""
 
-    def test_a_sweep_finds_and_records(self, sweep_job: SweepJob, orl: Path, ray_cluster: Any) -> None:
+    def test_a_sweep_finds_and_records(self, sweep_job: SweepJob, orl: Path, crews: CrewPool) -> None:
         import optuna
 
         finished: list[str] = []
         reports: list[tuple[str, int]] = []
         result = run_sweep(
             sweep_job,
+            pool=crews,
             on_report=lambda run_id, epoch, _: reports.append((run_id, epoch)),
             on_finish=lambda run: finished.append(run.run_id),
         )
@@ -75,7 +77,7 @@ class TestRealSweeps:
         with pytest.raises(UserError, match="finished"):
             find_sweep(result.sweep_id)
 
-    def test_a_killed_sweep_goes_on(self, sweep_job: SweepJob, orl: Path, tmp_path: Path, ray_cluster: Any) -> None:
+    def test_a_killed_sweep_goes_on(self, sweep_job: SweepJob, orl: Path, tmp_path: Path, crews: CrewPool) -> None:
         job = sweep_job.model_copy(update={"scheduler": "none", "concurrent": 1})
         (tmp_path / "sweep.yaml").write_text(dump_job(job))
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -92,7 +94,7 @@ class TestRealSweeps:
         sweep_id, own = find_sweep(None)
         before = {run.run_id for run in all_runs() if run.record().status == "finished"}
         assert 2 <= len(before) < 4, (tmp_path / "killed.log").read_text()
-        result = run_sweep(own, resume=sweep_id)
+        result = run_sweep(own, resume=sweep_id, pool=crews)
         finished = [trial for trial in result.trials if trial.status == "finished"]
         assert len(finished) >= 4
         assert before <= {trial.run_id for trial in finished}

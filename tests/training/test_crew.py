@@ -10,7 +10,7 @@ import pytest
 
 from armillary.spec.errors import UserError
 from armillary.training.api import Submission
-from armillary.training.crew import crew_pool
+from armillary.training.crew import CrewPool
 from armillary.training.desk import Desk
 from armillary.training.launch import run_job
 from armillary.training.rundir import all_runs
@@ -44,29 +44,27 @@ def test_a_run_stopped_while_it_waits_never_starts(tiny_job: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 class TestRealCrews:
-    """On the session's cluster."""
+    """On the session's crews."""
 
-    def test_a_crew_gives_what_a_run_of_its_own_gives(self, tiny_job: Any, orl: Path, ray_cluster: Any) -> None:
-        """Clean slate: the same job alone, first on a crew, and after another job on it, ends in the same numbers."""
+    def test_a_crew_gives_what_a_run_of_its_own_gives(self, tiny_job: Any, orl: Path, crews: CrewPool) -> None:
+        """Clean slate: a job alone, on a crew, and on a crew after other jobs, ends in the same numbers."""
         job = tiny_job()
         other = tiny_job(seed=5, objective__name="normface", objective__scale=16)
         alone = run_job(job).metrics["verification/auc"]
-        with crew_pool(job, 1) as pool:
-            records = pool.run_all([Submission(job), Submission(other), Submission(job)])
+        records = crews.run_all([Submission(job), Submission(other), Submission(job)])
         assert [record.status for record in records] == ["finished"] * 3
         values = [record.metrics["verification/auc"] for record in records]
         assert values[0] == values[2] == alone
         assert values[1] != alone
 
-    def test_a_failed_run_leaves_the_crew_fit(self, tiny_job: Any, orl: Path, ray_cluster: Any) -> None:
+    def test_a_failed_run_leaves_the_crew_fit(self, tiny_job: Any, orl: Path, crews: CrewPool) -> None:
         bad = tiny_job(objective__name="softmax", optimizer__name="sgd", optimizer__lr=100, optimizer__warmup_epochs=0)
-        with crew_pool(bad, 1) as pool:
-            failed, fine = pool.run_all([Submission(bad), Submission(tiny_job(train__epochs=1))])
-        assert failed.status == "failed"
-        assert re.search(r"optimizer\.lr|training diverged", failed.error or "")
+        *failed, fine = crews.run_all([Submission(bad), Submission(bad), Submission(tiny_job(train__epochs=1))])
+        assert [record.status for record in failed] == ["failed"] * 2
+        assert re.search(r"optimizer\.lr|training diverged", failed[0].error or "")
         assert fine.status == "finished"
 
-    def test_a_bad_job_starts_nothing(self, tiny_job: Any, orl: Path, ray_cluster: Any) -> None:
-        with crew_pool(tiny_job(), 1) as pool, pytest.raises(UserError, match=r"objective\.margin"):
-            pool.run_all([Submission(tiny_job()), Submission(tiny_job(objective__margin=9))])
+    def test_a_bad_job_starts_nothing(self, tiny_job: Any, orl: Path, crews: CrewPool) -> None:
+        with pytest.raises(UserError, match=r"objective\.margin"):
+            crews.run_all([Submission(tiny_job()), Submission(tiny_job(objective__margin=9))])
         assert all_runs() == []

@@ -48,10 +48,14 @@ def table(
     return result
 
 
+def page() -> Console:
+    """Where results go: standard output, as wide as the terminal; into a pipe or file, uncut."""
+    return out if out.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+
+
 def print_table(value: Table) -> None:
-    """Prints a table on standard output: as wide as the terminal, or uncut into a pipe or file."""
-    console = out if out.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
-    console.print(value)
+    """Prints a table of results."""
+    page().print(value)
 
 
 def print_error(error: UserError) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armillary.cli.console import out, print_json, print_note
+from armillary.cli.console import page, print_json, print_note
 
 if TYPE_CHECKING:
     from armillary.spec.jobs import StudyJob, SweepJob
@@ -48,10 +48,11 @@ def demo(
         rows = shown.as_json([board])
         print_json({"sweep": swept.model_dump(), "study": result.study_id, "board": rows, "report": str(report)})
         return
-    out.print()
-    out.print(shown.as_table([board], out.width))
+    console = page()
+    console.print()
+    console.print(shown.as_table([board], console.width))
     for sentence in answers(study_job, board):
-        out.print(sentence, markup=False)
+        console.print(sentence, markup=False)
     print_note(f"\n{time.monotonic() - started:.0f} s. Report with ROC curves: {report}")
     print_note("Every run, parameter and curve: armillary track ui")
 

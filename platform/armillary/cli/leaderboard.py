@@ -10,7 +10,6 @@ import typer
 
 app = typer.Typer(add_completion=False)
 
-_PIPE_WIDTH = 240
 
 
 class Format(StrEnum):
@@ -35,9 +34,7 @@ def leaderboard(
     json_: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Rank configurations: mean over seeds and folds, 95% interval, and what cannot be told apart from the best."""
-    from rich.console import Console
-
-    from armillary.cli.console import out, print_note
+    from armillary.cli.console import page, print_note
     from armillary.tracking import format as formats
     from armillary.tracking.query import leaderboard as query
 
@@ -48,8 +45,7 @@ def leaderboard(
         print_note(f"and {len(report.failed) - 3} more; 'armillary track sync' tries again")
     chosen = Format.json if json_ else format
     if chosen is Format.table:
-        # A pipe has no width of its own, and what reads it wants whole lines.
-        console = out if out.is_terminal else Console(width=_PIPE_WIDTH, highlight=False)
+        console = page()
         console.print(formats.as_table(boards, console.width))
         return
     write = {

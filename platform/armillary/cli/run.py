@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armillary.cli.console import print_json, print_note, print_table, table
+from armillary.cli.console import page, print_json, print_note, print_table, table
 from armillary.spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,9 +111,8 @@ def _study(job: StudyJob, as_json: bool) -> None:
     if as_json:
         print_json({"study": result.study_id, "report": str(report), "board": shown.as_json([board])})
         return
-    from armillary.cli.console import out
-
-    out.print(shown.as_table([board], out.width))
+    console = page()
+    console.print(shown.as_table([board], console.width))
     for sentence in answers(job, board):
-        out.print(sentence, markup=False)
+        console.print(sentence, markup=False)
     print_note(f"report: {report}")

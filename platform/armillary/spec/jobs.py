@@ -186,6 +186,9 @@ class StudyJob(Section):
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
     question: str = ""
     base: TrainJob = Field(description="a train job, or the path of one relative to this file")
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="dotted overrides of the base job; loading applies them and empties this"
+    )
     variants: tuple[StudyVariant, ...] = Field(min_length=1)
     folds: tuple[int, ...] = Field((0,), min_length=1)
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)

@@ -134,6 +134,7 @@ def _assemble(path: Path, changes: Sequence[tuple[str, Any]], chain: tuple[Path,
         _read_in(document, slot, path, (*chain, path.resolve()))
     if document.values.get("kind") == "sweep":
         _read_space(document, path)
+    if document.values.get("kind") in ("sweep", "study"):
         _set_in_base(document)
     return document
 
@@ -171,7 +172,7 @@ def _read_space(document: Document, owner: Path) -> None:
 
 
 def _set_in_base(document: Document) -> None:
-    """Applies a sweep's ``set`` to its base, so that what runs is what the resolved job shows."""
+    """Applies the ``set`` of a sweep or study to its base, so that what runs is what the resolved job shows."""
     changes = document.values.get("set")
     if not isinstance(changes, dict) or not isinstance(document.values.get("base"), dict):
         return

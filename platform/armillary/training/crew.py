@@ -122,6 +122,7 @@ class _Crew(threading.Thread):
     def __init__(self, number: int, desk: str, template: TrainJob, crews: int) -> None:
         super().__init__(name=f"crew-{number}", daemon=True)
         self.number, self.desk, self.template, self.crews = number, desk, template, crews
+        self.home = home()
 
     def run(self) -> None:
         import ray
@@ -132,10 +133,12 @@ class _Crew(threading.Thread):
         template = self.template.model_copy(
             update={"train": train.model_copy(update={"threads": train.threads or share})}
         )
-        config = {"desk": self.desk, "crew": self.number, "template": template}
-        storage = home() / "crews"
+        config = {"home": str(self.home), "desk": self.desk, "crew": self.number, "template": template}
         trainer = make_trainer(
-            _serve, config, template, RunConfig(name=f"{self.desk}-{self.number}", storage_path=str(storage))
+            _serve,
+            config,
+            template,
+            RunConfig(name=f"{self.desk}-{self.number}", storage_path=str(self.home / "crews")),
         )
         try:
             trainer.fit()

@@ -114,7 +114,7 @@ def make_trainer(
     gpu = train.gpus_per_worker > 0
     return TorchTrainer(
         function,
-        train_loop_config={**config, "home": str(home())},
+        train_loop_config={"home": str(home()), **config},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.workers,
