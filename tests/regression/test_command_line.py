@@ -121,7 +121,8 @@ def test_a_planted_drop_on_real_crews(
     path = tmp_path / "faces.yaml"
     path.write_text(
         "kind: regression\nname: faces\nseeds: [0, 1, 2]\nconcurrent: 1\n"
-        "jobs: [{job: {objective: {name: arcface, scale: 16}, data: {image_size: [28, 24]}, train: {epochs: 12}}}]\n"
+        "jobs: [{job: {objective: {name: arcface, scale: 16}, data: {image_size: [56, 48]},"
+        " train: {epochs: 12, precision: bf16}}}]\n"
         "metrics: [{name: verification/auc, tolerance: 0.005}]\n"
     )
     assert call("run", str(path)).exit_code == 0

@@ -11,7 +11,6 @@ import typer
 app = typer.Typer(add_completion=False)
 
 
-
 class Format(StrEnum):
     """How to print."""
 

@@ -126,7 +126,7 @@ class _Crew(threading.Thread):
 
     def run(self) -> None:
         import ray
-        from ray.train import RunConfig, TrainingFailedError
+        from ray.train import RunConfig
 
         train = self.template.train
         share = max(1, int(local_capacity()["CPU"]) // (self.crews * train.workers))
@@ -142,7 +142,9 @@ class _Crew(threading.Thread):
         )
         try:
             trainer.fit()
-        except TrainingFailedError as error:
+        except Exception as error:  # noqa: BLE001 - whatever ended the crew, its runs must not wait for ever
+            if not ray.is_initialized():
+                return  # Ctrl-C took Ray down first; there is nobody left to tell
             desk: Any = ray.get_actor(self.desk, namespace=NAMESPACE)
             ray.get(desk.crew_lost.remote(self.number, f"the crew was lost: {innermost(error)}"))
 

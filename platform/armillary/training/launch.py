@@ -84,7 +84,7 @@ class _Fit(threading.Thread):
         self.problem: str | None = None
 
     def run(self) -> None:
-        from ray.train import CheckpointConfig, FailureConfig, RunConfig, TrainingFailedError
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
         trainer = make_trainer(
             _work,
@@ -99,7 +99,7 @@ class _Fit(threading.Thread):
         )
         try:
             trainer.fit()
-        except TrainingFailedError as error:
+        except Exception as error:  # noqa: BLE001 - the main thread tells the user; after Ctrl-C Ray itself is gone
             self.problem = innermost(error)
 
 
