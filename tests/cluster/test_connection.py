@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from armillary.cluster.connection import connect, resolve_address
+from armillary.cluster.connection import connect, resolve_address, use_token_if_there
 from armillary.spec.errors import UserError
 
 
@@ -70,3 +72,20 @@ def mute_port() -> Iterator[int]:
 def test_a_server_that_is_no_dashboard_is_a_users_mistake(mute_port: int) -> None:
     with pytest.raises(UserError, match=r"the connection to .* failed"):
         connect(f"http://127.0.0.1:{mute_port}")
+
+
+@pytest.mark.parametrize(
+    ("mode", "stored", "expected"), [(None, True, "token"), (None, False, None), ("disabled", True, "disabled")]
+)
+def test_a_token_that_is_there_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None, stored: bool, expected: str | None
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode or "")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    if mode is None:
+        monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    if stored:
+        (tmp_path / "token").write_text("secret")
+    use_token_if_there()
+    assert os.environ.get("RAY_AUTH_MODE") == expected

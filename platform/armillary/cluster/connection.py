@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -73,12 +74,23 @@ def connect(address: str) -> JobSubmissionClient:
         UserError: nothing listens there, what listens is no Ray dashboard, or the token is missing or wrong.
     """
     _probe(address)
+    use_token_if_there()
     from ray.job_submission import JobSubmissionClient
 
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     with explained(address), _chosen_address_only():
         return JobSubmissionClient(address)
+
+
+def use_token_if_there() -> None:
+    """Turns token authentication on when a token exists and ``RAY_AUTH_MODE`` does not say otherwise.
+
+    ``ray start`` does the same for the cluster, Ray's job client does not. To count, it must come before Ray is imported.
+    """
+    stored = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_MODE" not in os.environ and (os.environ.get("RAY_AUTH_TOKEN") or stored.is_file()):
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 @contextmanager

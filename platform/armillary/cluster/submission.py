@@ -24,6 +24,7 @@ from armillary.spec.errors import UserError, unknown_name
 from armillary.spec.jobs import Job, RegressionJob, StudyJob, SweepJob, TrainJob
 from armillary.spec.loading import load_job
 from armillary.spec.section import as_tree
+from armillary.training.records import COMMIT_VARIABLE, git_commit
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -181,6 +182,7 @@ class Cluster:
                     "working_dir": folder,
                     "env_vars": {
                         "ARMILLARY_HOME": home,
+                        COMMIT_VARIABLE: git_commit() or "",
                         # Stop as Ctrl-C does, and leave it the time to write its last state.
                         "RAY_JOB_STOP_SIGNAL": "SIGINT",
                         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_SECONDS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import secrets
 import subprocess
 import time
@@ -14,6 +15,7 @@ from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import digest, dump_job
 from armillary.training.rundir import RunDirectory, RunRecord
 
+COMMIT_VARIABLE = "ARMILLARY_GIT_COMMIT"
 PACKAGES = ("torch", "torchvision", "deepspeed", "ray", "timm", "numpy", "pyarrow", "scikit-learn")
 
 
@@ -31,7 +33,12 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of the working directory, with ``+changes`` when it is not clean; ``None`` outside a checkout."""
+    """The commit of the working directory, with ``+changes`` when it is not clean; ``None`` outside a checkout.
+
+    A submitted job runs where there is no checkout; who submitted it says the commit in ``$ARMILLARY_GIT_COMMIT``.
+    """
+    if COMMIT_VARIABLE in os.environ:
+        return os.environ[COMMIT_VARIABLE] or None
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
