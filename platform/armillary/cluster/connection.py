@@ -86,7 +86,7 @@ def connect(address: str) -> JobSubmissionClient:
 def use_token_if_there() -> None:
     """Turns token authentication on when a token exists and ``RAY_AUTH_MODE`` does not say otherwise.
 
-    ``ray start`` does the same for the cluster, Ray's job client does not. To count, it must come before Ray is imported.
+    ``ray start`` does the same for the cluster, Ray's job client does not. It counts only before Ray is imported.
     """
     stored = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_MODE" not in os.environ and (os.environ.get("RAY_AUTH_TOKEN") or stored.is_file()):
