@@ -63,7 +63,7 @@ def test_every_kind_ships_and_loads() -> None:
 
 
 def test_sweep_reads_its_base_and_space_in_and_tunes_on_validation() -> None:
-    job = load_job("sweep_arcface", ["base.train.epochs=3", "space.objective.margin.high=0.6"])
+    job = load_job("sweep_arcface", ["base.train.epochs=3", "space=arcface", "space.objective.margin.high=0.6"])
     assert isinstance(job, SweepJob)
     assert isinstance(job.space, dict)
     assert job.base.data.holdout == "validation"
