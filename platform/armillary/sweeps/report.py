@@ -87,7 +87,7 @@ def _table(board: Board) -> Table:
     columns = shown.columns(board)
     rows = [
         [
-            group.variant or group.label,
+            f"{group.variant or group.label} {shown.MARKS[group.verdict]}".rstrip(),
             len(group.run_ids),
             len(group.folds),
             len(group.seeds),

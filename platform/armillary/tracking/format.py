@@ -21,7 +21,7 @@ Format = Literal["table", "md", "csv", "json", "latex"]
 # Below this many columns only the ranking metric is shown.
 _WIDE = 110
 
-_MARKS = {"best": "*", "tied": "=", "worse": "", "untested": "?"}
+MARKS = {"best": "*", "tied": "=", "worse": "", "untested": "?"}
 
 _SHORT = {
     "verification/auc": "AUC",
@@ -119,7 +119,7 @@ def _rich_table(board: Board, width: int) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     for rank, group in enumerate(board.groups, start=1):
         style = "dim" if group.baseline else "bold" if group.verdict == "best" else ""
-        cells = [str(rank), _MARKS[group.verdict], _configuration(group)]
+        cells = [str(rank), MARKS[group.verdict], _configuration(group)]
         if wide:
             cells.append(group.backbone)
         cells += [summary(group.metrics.get(metric)) for metric in metrics]
@@ -156,7 +156,7 @@ def _cells(board: Board) -> list[list[str]]:
     return [
         [
             str(rank),
-            _MARKS[group.verdict],
+            MARKS[group.verdict],
             _configuration(group),
             group.backbone,
             *(summary(group.metrics.get(metric)) for metric in columns(board)),
