@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -129,17 +128,3 @@ def check_capacity(job: TrainJob, capacity: Mapping[str, float]) -> None:
                 key="train.workers" if most or resource == "CPU" else "train.gpus_per_worker",
                 allowed=f"1 to {most} workers" if most else f"0 (there is no {resource})",
             )
-
-
-def describe(ready: Plan) -> dict[str, Any]:
-    """What a run is about to do, for a person to read before it starts."""
-    job, data = ready.job, ready.data
-    return {
-        "objective": job.objective.name,
-        "data": f"{data.name}, fold {data.fold}: {len(data.train)} images of {data.num_classes} classes to train on, "
-        f"{len(data.evaluation)} to evaluate on",
-        "backbone": job.backbone.name,
-        "workers": job.train.workers,
-        "zero": job.train.zero,
-        "epochs": job.train.epochs,
-    }

@@ -30,8 +30,8 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
     """Yields the cluster's resources; a cluster started here is stopped at the end.
 
     Args:
-        address: of a running cluster; ``None`` takes ``$RAY_ADDRESS``, and without it starts one on this machine that
-            listens on loopback only.
+        address: of a running cluster; ``None`` takes ``$RAY_ADDRESS``, and without it starts one on this machine.
+            Ray opens that one's ports on the machine's own address; its token keeps strangers out.
         cpus: what a cluster started here counts as its CPUs; ``None`` is what the machine has.
 
     Raises:
