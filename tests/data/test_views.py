@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from armillary.data.counter import key, mix, sample_keys, shuffled, uniforms
+from armillary.components.counter import key, mix, sample_keys, shuffled, uniforms
 from armillary.data.views import RECIPES, Recipe, Views, make_views
 from armillary.spec.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from armillary.data.counter import key
+from armillary.components.counter import key
 from armillary.spec.errors import UserError
 
 _SAMPLER = 21

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.data.counter import key, shuffled
+from armillary.components.counter import key, shuffled
 from armillary.data.importers import ensure_dataset
 from armillary.data.store import Dataset, Rows
 from armillary.spec.errors import UserError

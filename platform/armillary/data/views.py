@@ -1,6 +1,6 @@
 """View recipes: random augmentation of whole batches, every parameter drawn per sample.
 
-A view is a pure function of (seed, epoch, sample index, view number) through :mod:`armillary.data.counter`: the same
+A view is a pure function of (seed, epoch, sample index, view number) through :mod:`armillary.components.counter`: the same
 whatever else is in the batch, on any worker and after a resume. All geometry of a sample is one affine map, sampled
 once; all colour changes of a sample are one linear map of its channels.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.data.counter import key, sample_keys, uniforms, words
+from armillary.components.counter import key, sample_keys, uniforms, words
 from armillary.spec.errors import UserError, nearest, unknown_name
 
 # Rec. 601 luma and the RGB -> YIQ axes (NTSC); a hue shift rotates the plane of I and Q.
