@@ -69,15 +69,31 @@ class Batches:
         for rows in plan[start_step:, self.rank * share : (self.rank + 1) * share]:
             yield self._batch(rows, epoch)
 
+    def samples(self) -> Iterator[Batch]:
+        """One pass over this worker's part of the training set, in order of rows, one view without augmentation.
+
+        The parts are contiguous and differ by at most one image.
+        """
+        bounds = [len(self.train) * part // self.world_size for part in (self.rank, self.rank + 1)]
+        share = max(1, self.batch_size // self.world_size)
+        for start in range(bounds[0], bounds[1], share):
+            rows = torch.arange(start, min(start + share, bounds[1]))
+            images = self.train.images[rows].to(self.device)
+            batch = self._columns(rows)
+            yield Batch((images.to(torch.float32) / 255,), self.train.index[rows].to(self.device), batch)
+
+    def _columns(self, rows: Tensor) -> dict[str, Tensor]:
+        columns = {**self.train.fields, "label": self.train.label}
+        wanted = [name for name in self.needs.fields if name != "index"]
+        return {name: columns[name][rows].to(self.device, non_blocking=True) for name in wanted}
+
     def _batch(self, rows: Tensor, epoch: int) -> Batch:
         images = self.train.images[rows].to(self.device, non_blocking=True)
         index = self.train.index[rows].to(self.device, non_blocking=True)
         views = tuple(
             self.views(images, index, seed=self.seed, epoch=epoch, view=view) for view in range(self.needs.views)
         )
-        columns = {**self.train.fields, "label": self.train.label}
-        wanted = [name for name in self.needs.fields if name != "index"]
-        return Batch(views, index, {name: columns[name][rows].to(self.device, non_blocking=True) for name in wanted})
+        return Batch(views, index, self._columns(rows))
 
 
 def check_batches(train: ImageSet, needs: Needs, batch_size: int, world_size: int) -> None:

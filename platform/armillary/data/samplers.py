@@ -22,7 +22,7 @@ def global_batches(
     labels: Tensor,
     *,
     batch_size: int,
-    sampler: Literal["random", "class_balanced"],
+    sampler: Literal["random", "class_balanced", "image_sets"],
     samples_per_class: int,
     seed: int,
     epoch: int,

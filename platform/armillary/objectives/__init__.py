@@ -1,16 +1,28 @@
 """Objectives: trainable recipes, found by name."""
 
-from armillary.objectives.base import Batch, BuildContext, Citation, Hyperparameters, Needs, Objective, Output
+from armillary.objectives.base import (
+    Batch,
+    BuildContext,
+    Citation,
+    Convergence,
+    Hyperparameters,
+    Needs,
+    Objective,
+    Output,
+    Samples,
+)
 from armillary.objectives.registry import describe, get, hyperparameters, names, register
 
 __all__ = [
     "Batch",
     "BuildContext",
     "Citation",
+    "Convergence",
     "Hyperparameters",
     "Needs",
     "Objective",
     "Output",
+    "Samples",
     "describe",
     "get",
     "hyperparameters",

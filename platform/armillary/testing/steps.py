@@ -62,8 +62,9 @@ def train(objective: Objective, batches: list[Batch], lr: float = 0.01, average:
     """
     trace = Trace()
     objective.train()
-    objective.before_epoch(0)
+    objective.before_epoch(0, lambda: iter(batches))
     for step, batch in enumerate(batches):
+        objective.step = step
         objective.zero_grad(set_to_none=True)
         output = objective(batch)
         output.loss.backward()

@@ -58,6 +58,13 @@ def build(
         embedding_dim=embedding_dim,
         num_classes=NUM_CLASSES,
         num_samples=64,
+        dataset_size=64,
+        batch_size=12,
+        epochs=4,
+        steps_per_epoch=5,
+        in_channels=CHANNELS,
+        image_size=(HEIGHT, WIDTH),
+        class_counts=torch.full((NUM_CLASSES,), 16),
     )
     return cls(hyperparameters(cls, options or {}), context).to(dtype)
 
@@ -76,9 +83,13 @@ def _share(images: Tensor, draw: torch.Generator) -> Tensor:
 # with the first objective that needs it.
 FIELD_MAKERS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "quality": _share,
-    "pose": lambda images, draw: 180 * _share(images, draw) - 90,
-    "low_res": lambda images, _: nn.functional.interpolate(nn.functional.avg_pool2d(images, 2), scale_factor=2),
-    "mask": lambda images, draw: (torch.rand(len(images), 1, HEIGHT, WIDTH, generator=draw) > 0.5).to(images.dtype),
+    "pose": lambda images, draw: torch.stack([180 * _share(images, draw) - 90, 60 * _share(images, draw) - 30], dim=1),
+    "mask": lambda images, draw: _share(images, draw) > 0.5,
+    "resolution": lambda images, draw: (8 + 24 * _share(images, draw)).long(),
+    # Two sets in turn for every class, which come in turn too.
+    "image_set": lambda images, _: torch.arange(len(images)) % (2 * NUM_CLASSES),
+    "sequence": lambda images, _: torch.arange(len(images)) % NUM_CLASSES,
+    "frame": lambda images, _: torch.arange(len(images)) // NUM_CLASSES,
 }
 
 
@@ -124,11 +135,7 @@ def batch(
 
 def take(whole: Batch, rows: Tensor | slice) -> Batch:
     """Some samples of a batch, in the order of ``rows``."""
-    return Batch(
-        views=tuple(view[rows] for view in whole.views),
-        index=whole.index[rows],
-        fields={name: column[rows] for name, column in whole.fields.items()},
-    )
+    return whole.rows(rows)
 
 
 def part(whole: Batch, rank: int, world_size: int) -> Batch:

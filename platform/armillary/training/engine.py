@@ -121,10 +121,10 @@ class Engine:
         return totals
 
     def encoder_copy(self, template: nn.Module) -> nn.Module:
-        """Fills ``template`` (an encoder of the same shape) with the whole current encoder, on every worker."""
+        """Fills ``template`` (an encoder of the same shape) with the whole exported encoder, on every worker."""
         import deepspeed
 
-        encoder = self.objective.encoder
+        encoder = self.objective.exported()
         sharded = [p for p in encoder.parameters() if hasattr(p, "ds_id")]
         with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
             state = encoder.state_dict()

@@ -63,13 +63,13 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
     job = plan.job
     if job.train.epochs == 0:
         torch.manual_seed(job.seed)
-        return Outcome(_conclude(plan, run, plan.build().encoder), stopped=False)
+        return Outcome(_conclude(plan, run, plan.build().exported()), stopped=False)
     device = worker_device()
     torch.manual_seed(job.seed)
     objective = plan.build()
     convert_batch_norm(objective)
     torch.manual_seed(job.seed)
-    replica = convert_batch_norm(plan.build().encoder)  # filled with the trained weights whenever they are evaluated
+    replica = convert_batch_norm(plan.build().exported())  # filled with the trained weights whenever they are evaluated
     batches = Batches(
         plan.data.train,
         plan.needs,
@@ -147,16 +147,18 @@ def _train_epoch(engine: Engine, batches: Batches, plan: Plan, epoch: int) -> di
     # Dropout and the like draw from here; seeding by epoch makes a resumed run draw what an uninterrupted one does.
     torch.manual_seed((job.seed * 1_000_003 + epoch) * 65_537 + collectives.rank())
     engine.objective.train()
-    engine.objective.before_epoch(epoch)
+    engine.objective.epoch = epoch
+    engine.objective.before_epoch(epoch, batches.samples)
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=engine.device))
     steps = batches.steps_per_epoch
     lr = 0.0
     for step, batch in enumerate(batches.epoch(epoch)):
+        engine.objective.step = epoch * steps + step
         lr = learning_rate(job.optimizer, epoch + (step + 1) / steps, job.train.epochs)
         for name, value in engine.step(split(batch, job.train.accumulate), lr).items():
             totals[name] += value / steps
         engine.objective.after_step(epoch * steps + step)
-    metrics = _mean_over_workers(totals)
+    metrics = _mean_over_workers({**totals, **engine.objective.epoch_metrics()})
     if not np.isfinite(metrics["train/loss"]):
         raise FloatingPointError(
             f"the loss became {metrics['train/loss']} in epoch {epoch + 1}; lower optimizer.lr or set train.clip_norm"
@@ -169,12 +171,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     """Cuts a batch into equal micro-batches, in order."""
     if parts == 1:
         return [batch]
-    views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
-    fields = [{name: column.chunk(parts)[part] for name, column in batch.fields.items()} for part in range(parts)]
-    return [
-        Batch(tuple(own), index, own_fields)
-        for own, index, own_fields in zip(views, batch.index.chunk(parts), fields, strict=True)
-    ]
+    size = len(batch.index) // parts
+    return [batch.rows(slice(part * size, (part + 1) * size)) for part in range(parts)]
 
 
 def _mean_over_workers(totals: Mapping[str, Tensor]) -> dict[str, float]:

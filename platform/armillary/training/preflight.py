@@ -44,6 +44,12 @@ class Plan:
             num_samples=len(train),
             epochs=self.job.train.epochs,
             steps_per_epoch=max(1, len(train) // self.job.train.batch_size),
+            batch_size=self.job.train.batch_size,
+            seed=self.job.seed,
+            dataset_size=int(train.index.max()) + 1,
+            in_channels=channels,
+            image_size=(height, width),
+            class_counts=torch.bincount(train.label, minlength=self.data.num_classes),
         )
         return objective(hyperparameters, context)
 
