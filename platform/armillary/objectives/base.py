@@ -129,9 +129,9 @@ class BuildContext:
     """What an objective is told when it makes its modules.
 
     ``encoder`` maps images ``(batch, channels, height, width)`` in [0, 1] to embeddings ``(batch, embedding_dim)``.
-    ``num_samples`` counts the training set; ``dataset_size`` is one more than the largest ``Batch.index``
-    (banks that are kept by index have that many rows). ``class_counts (num_classes,)`` counts the training samples of each class.
-    ``tables`` are further tensors of the dataset by name (edges of a graph, token frequencies). ``seed`` is the run's.
+    ``num_samples`` counts the training set; ``dataset_size`` is one more than the largest ``Batch.index``, the rows of
+    a bank that is kept by index. ``class_counts (num_classes,)`` counts the training samples of each class. ``tables``
+    are further tensors of the dataset by name (edges of a graph, token frequencies). ``seed`` is the run's.
     """
 
     encoder: nn.Module

@@ -22,6 +22,7 @@ from armillary.objectives.registry import get
 from armillary.spec.errors import UserError
 from armillary.spec.spaces import load_space
 from armillary.testing import steps, tiny
+from armillary.testing.convergence import converge
 from armillary.testing.gloo_pool import GlooPool, shared_pool
 from armillary.testing.steps import Case
 
@@ -260,6 +261,12 @@ class ObjectiveSuite:
             optimizer.step()
             losses.append(float(loss.detach()))
         assert losses[-1] < 0.9 * losses[0]
+
+    @pytest.mark.slow
+    def test_converges(self, objective_class: type[Objective]) -> None:
+        """A short training beats the untrained encoder by the margin the objective states, on held-out images."""
+        learned = converge(objective_class)
+        assert learned.gain >= objective_class.convergence.margin, learned
 
     def test_embedding(self, case: Case) -> None:
         """What is evaluated has the encoder's width and does not depend on the rest of the batch."""

@@ -70,16 +70,7 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
     convert_batch_norm(objective)
     torch.manual_seed(job.seed)
     replica = convert_batch_norm(plan.build().exported())  # filled with the trained weights whenever they are evaluated
-    batches = Batches(
-        plan.data.train,
-        plan.needs,
-        plan.views,
-        job.train.batch_size,
-        job.seed,
-        collectives.rank(),
-        collectives.world_size(),
-        device,
-    )
+    batches = plan.batches(collectives.rank(), collectives.world_size(), device)
     engine = Engine(objective, job, device)
     try:
         first = _resume(engine, resume_from, plan) if resume_from else 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from armillary.components.backbones import Pixels, build_encoder
-from armillary.data.loader import check_batches
+from armillary.data.loader import Batches, check_batches
 from armillary.data.splits import PreparedData, prepare
 from armillary.data.views import Views, make_views
 from armillary.evaluation.suite import check_protocols
@@ -52,6 +52,13 @@ class Plan:
             class_counts=torch.bincount(train.label, minlength=self.data.num_classes),
         )
         return objective(hyperparameters, context)
+
+    def batches(self, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu") -> Batches:
+        """The training batches of one worker."""
+        train = self.job.train
+        return Batches(
+            self.data.train, self.needs, self.views, train.batch_size, self.job.seed, rank, world_size, device
+        )
 
 
 def plan(
