@@ -204,7 +204,7 @@ def edit(dataset: Dataset, change: Callable[[dict[str, object]], None]) -> None:
         (lambda m: m["shards"][0].update(file="/etc/shard-00000.parquet"), "shards.0.file"),
         (lambda m: m["shards"].append(m["shards"][0]), "count differently"),
         (lambda m: m.update(images=10**9), "count differently"),
-        (lambda m: m.update(schema_version=2), "schema_version"),
+        (lambda m: m.update(schema_version=3), "schema_version"),
         (lambda m: m.update(surprise=1), "surprise"),
         (lambda m: m.update(fingerprint="x"), "fingerprint"),
         (lambda m: m.update(columns={"quality": "pickle"}), "columns.quality"),

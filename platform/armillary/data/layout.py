@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+TABLE_PATTERN = r"^[a-z][a-z0-9_]{0,39}$"
 ColumnType = Literal["int64", "float32", "bool", "string"]
+TableType = Literal["int64", "float32", "float64", "bool", "string"]
+# How images are kept: decoded, or as the bytes of the file they came from.
+Form = Literal["pixels", "encoded"]
 MAX_SIDE = 65_536
 
 
@@ -35,25 +39,50 @@ class Shard(BaseModel):
     file: str = Field(pattern=r"^shard-[0-9]{5,9}\.parquet$")
     rows: int = Field(ge=1)
     size: int = Field(ge=1, description="bytes")
+    groups: tuple[int, ...] = Field((), description="rows of each Parquet row group; empty: one group")
+
+    @property
+    def group_rows(self) -> tuple[int, ...]:
+        """Rows of each row group, in order."""
+        return self.groups or (self.rows,)
+
+    @model_validator(mode="after")
+    def _groups_agree(self) -> Shard:
+        if self.groups and (min(self.groups) < 1 or sum(self.groups) != self.rows):
+            raise ValueError(f"row groups {self.groups} do not make {self.rows} rows")
+        return self
+
+
+class TableEntry(BaseModel):
+    """An extra table beside the images, ``tables/<name>.parquet``: pairs, templates, a graph."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows: int = Field(ge=0)
+    size: int = Field(ge=1, description="bytes")
+    columns: dict[str, TableType] = Field(min_length=1)
 
 
 class Manifest(BaseModel):
     """What a dataset says of itself.
 
     ``histogram[c]`` counts the images of class ``class_names[c]``. ``image_shape`` is (height, width, channels), or
-    null when the images differ. ``fingerprint`` is :class:`Fingerprint` over the rows.
+    null when the images differ. ``fingerprint`` is :class:`Fingerprint` over rows and tables. Version 1 knew decoded
+    images in shards of one row group and no tables; its manifests are read as they are.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     name: str
     images: int = Field(ge=1)
+    form: Form = "pixels"
     class_names: tuple[str, ...] = Field(min_length=1)
     histogram: tuple[int, ...]
     image_shape: tuple[int, int, int] | None
     columns: dict[str, ColumnType] = Field(default_factory=dict)
     shards: tuple[Shard, ...] = Field(min_length=1)
+    tables: dict[Annotated[str, Field(pattern=TABLE_PATTERN)], TableEntry] = Field(default_factory=dict)
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
     credits: str = ""
     licence: str = ""
@@ -71,10 +100,21 @@ class Manifest(BaseModel):
 
 
 @dataclass(frozen=True)
-class Record:
-    """One image on its way into the store: uint8 ``(height, width, channels)``, its class, its optional columns."""
+class Encoded:
+    """An image as the bytes of its file, and the shape it decodes to."""
 
-    image: NDArray[np.uint8]
+    data: bytes
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image on its way into the store: its class, its optional columns.
+
+    ``image`` is uint8 ``(height, width, channels)``, or :class:`Encoded` for a dataset of that form.
+    """
+
+    image: NDArray[np.uint8] | Encoded
     label: int
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -98,24 +138,71 @@ class Rows:
 
 
 class Fingerprint:
-    """sha256 over classes and rows in order: the same for the same content, whatever the shard size or the machine."""
+    """sha256 over classes, rows and tables in order: the same content gives the same one, on every machine.
 
-    def __init__(self, class_names: Sequence[str], columns: dict[str, ColumnType]) -> None:
+    Shard sizes, names and compression do not count. Decoded images count by pixels, encoded ones by their bytes, so the
+    two forms of a dataset have different fingerprints.
+    """
+
+    def __init__(self, class_names: Sequence[str], columns: dict[str, ColumnType], form: Form = "pixels") -> None:
         self._hash = hashlib.sha256()
-        self._columns = sorted(columns)
-        head = {"schema": 1, "classes": list(class_names), "columns": dict(sorted(columns.items()))}
+        self._columns, self._form = sorted(columns), form
+        head: dict[str, Any] = {"schema": 1, "classes": list(class_names), "columns": dict(sorted(columns.items()))}
+        if form != "pixels":
+            head["form"] = form
         self._hash.update(json.dumps(head, sort_keys=True).encode())
 
-    def add(self, index: int, label: int, image: NDArray[np.uint8], fields: dict[str, Any]) -> None:
-        """Adds one row; ``fields`` holds plain Python values."""
-        self._hash.update(np.array([index, label, *image.shape], dtype="<i8").tobytes())
-        self._hash.update(np.ascontiguousarray(image).tobytes())
+    def add(self, index: int, label: int, shape: Sequence[int], data: Any, fields: dict[str, Any]) -> None:
+        """Adds one row; ``data`` is the image's buffer, ``fields`` holds plain Python values."""
+        numbers = [index, label, *shape]
+        if self._form == "encoded":
+            numbers.append(memoryview(data).nbytes)
+        self._hash.update(np.array(numbers, dtype="<i8").tobytes())
+        self._hash.update(data)
         if self._columns:
             self._hash.update(json.dumps([fields[name] for name in self._columns]).encode())
+
+    def add_rows(self, table: pa.Table) -> None:
+        """Adds the rows of a part of a shard, see :func:`arrow_schema`."""
+        plain = {name: table[name].to_pylist() for name in table.column_names if name != "image"}
+        shapes = zip(plain["height"], plain["width"], plain["channels"], strict=True)
+        for at, (shape, cell) in enumerate(zip(shapes, table["image"], strict=True)):
+            fields = {name: plain[name][at] for name in self._columns}
+            self.add(plain["index"][at], plain["label"][at], shape, cell.as_buffer(), fields)
+
+    def add_table(self, name: str, table: pa.Table) -> None:
+        """Adds an extra table of :data:`TableType` columns; call in the order of the names, after all rows."""
+        columns = table_columns(table)
+        head = {"table": name, "columns": columns, "rows": table.num_rows}
+        self._hash.update(json.dumps(head, sort_keys=True).encode())
+        for column, kind in sorted(columns.items()):
+            for chunk in table[column].chunks:
+                if kind == "string":
+                    self._hash.update("".join(json.dumps(value) for value in chunk.to_pylist()).encode())
+                else:
+                    values = chunk.to_numpy(zero_copy_only=False)
+                    self._hash.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
 
     def hexdigest(self) -> str:
         """64 hexadecimal digits."""
         return self._hash.hexdigest()
+
+
+def table_columns(table: pa.Table) -> dict[str, TableType]:
+    """The columns of an extra table and their types.
+
+    Raises:
+        ValueError: a type that tables do not have, or an empty cell.
+    """
+    names: dict[str, TableType] = {
+        "int64": "int64", "float": "float32", "double": "float64", "bool": "bool", "string": "string",
+    }  # fmt: skip
+    for column in table.schema:
+        if str(column.type) not in names:
+            raise ValueError(f"column {column.name} of type {column.type}; allowed: {', '.join(names.values())}")
+        if table[column.name].null_count:
+            raise ValueError(f"column {column.name} has empty cells")
+    return {column.name: names[str(column.type)] for column in table.schema}
 
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
