@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 # Tests that share a cluster carry the same xdist_group, so that one worker starts it once.
 PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup
-CODE := platform tests
+CODE := platform tests bench
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,7 +17,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
-.PHONY: help venv install install-test demo test test-fast lint format types imports constraints clean
+.PHONY: help venv install install-test install-bench demo bench test test-fast lint format types imports constraints clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,11 @@ install-test: $(VENV)/.installed-test  ## Install what the tests and the checks 
 
 demo: install  ## Sweep, train, evaluate and rank on real faces, in a few minutes
 	$(BIN)/armillary demo
+
+install-bench: $(VENV)/.installed-bench  ## Install the peers that the benchmarks run beside us
+
+bench: install-bench  ## Every figure as a ratio to a peer or to its floor, measured in the same run
+	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 test: install-test lint types imports  ## Lint, types, import rules and every test
 	$(PYTEST)
@@ -74,6 +79,10 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[faces]"
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[faces,test,dev,bench]"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

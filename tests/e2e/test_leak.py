@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from armillary.objectives import names, registry
 from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import apply_overrides, load_job
 from armillary.training.api import Submission
@@ -29,11 +28,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def supervised() -> list[str]:
-    """Every registered objective that reads labels."""
-    return [name for name in names() if "label" in registry.get(name).needs.fields]
+    """Objectives that read labels, of each way of reading them: heads, tuples, positives in a contrast."""
+    return ["arcface", "cosface", "normface", "softmax", "supcon", "triplet"]
 
 
-def test_shuffled_labels_drop_every_supervised_objective_to_the_untrained_level(orl: Path, crews: CrewPool) -> None:
+def test_shuffled_labels_drop_supervised_objectives_to_the_untrained_level(orl: Path, crews: CrewPool) -> None:
     base = load_job("quickstart", [])
     assert isinstance(base, TrainJob)
     base = apply_overrides(base, SMALL)
