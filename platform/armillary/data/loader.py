@@ -90,10 +90,12 @@ class Batches:
     def _batch(self, rows: Tensor, epoch: int) -> Batch:
         images = self.train.images[rows].to(self.device, non_blocking=True)
         index = self.train.index[rows].to(self.device, non_blocking=True)
-        views = tuple(
-            self.views(images, index, seed=self.seed, epoch=epoch, view=view) for view in range(self.needs.views)
-        )
-        return Batch(views, index, self._columns(rows))
+        views = [
+            self.views(images, index, seed=self.seed, epoch=epoch, view=view)
+            for view in range(self.views.count or self.needs.views)
+        ]
+        pixels, parameters = tuple(view.pixels for view in views), tuple(view.parameters for view in views)
+        return Batch(pixels, index, self._columns(rows), parameters)
 
 
 def check_batches(train: ImageSet, needs: Needs, batch_size: int, world_size: int) -> None:
