@@ -57,6 +57,12 @@ class DataSpec(Section):
         None, description="height and width in pixels; null keeps the stored size"
     )
     label_noise: float = Field(0.0, ge=0, le=1, description="share of training labels replaced by random ones")
+    load: Literal["auto", "memory", "stream"] = Field(
+        "auto",
+        description="memory: decoded once, shared by the workers of a node; stream: read from the store while training; "
+        "auto: memory up to 4 GiB decoded",
+    )
+    buffer: int = Field(16384, ge=1, description="stream: images of a window that is shuffled; memory holds their bytes")
 
 
 class ViewsSpec(OpenSection):
@@ -68,7 +74,7 @@ class ViewsSpec(OpenSection):
 class BackboneSpec(OpenSection):
     """The network from image to embedding; keys beside these are options of the named backbone."""
 
-    name: str = Field("small_convnet", description="small_convnet, pixels, or timm/<model>")
+    name: str = Field("small_convnet", description="small_convnet, small_vit, pixels, or timm/<model>")
     embedding_dim: int = Field(128, ge=2, le=65536, description="width of the embedding")
 
 
