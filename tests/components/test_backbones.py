@@ -144,6 +144,11 @@ def test_timm_vision_transformers_are_made_for_the_images() -> None:
         ({"pool": "max"}, "flat, mean"),
         ({"pool": ["flat"]}, "flat, mean"),
         ({"name": "pixels", "width": 3}, "has no option 'width'"),
+        ({"name": "small_vit", "pach": 4}, "did you mean 'patch'"),
+        ({"name": "small_vit", "width": 50}, "a multiple of 4"),
+        ({"name": "small_vit", "width": 64, "heads": 3}, "3 heads for a width of 64"),
+        ({"name": "small_vit", "patch": 5}, "do not divide images of 32 x 32 px"),
+        ({"name": "small_vit", "pool": "flat"}, "cls, mean"),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], complaint: str) -> None:

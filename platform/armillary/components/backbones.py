@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from armillary.components.transformers import from_timm, small_transformer
 from armillary.spec.errors import UserError, nearest, unknown_name
 from armillary.spec.jobs import BackboneSpec
 
-NAMES = ("small_convnet", "pixels")
+NAMES = ("small_convnet", "small_vit", "pixels")
 # Images come in [0, 1]; these bring most photographs near mean 0 and variance 1.
 _MEAN, _STD = 0.5, 0.25
 _MIN_SIDE = 8
+# Layers in a block of the small network.
+_BLOCK = 4
 
 
 class SmallConvNet(nn.Module):
     """Three blocks of convolution, pooling, batch norm and ReLU, then a linear neck, for images of 8 to 112 px.
+
+    A :class:`~armillary.components.encoders.MapEncoder`, one stage a block; of any image size with ``pool="mean"``.
 
     Batch norm comes after the pooling, where there is a quarter of the work left to do; with the channels innermost in
     memory that makes a step on a CPU about 2.5 times as fast as in the textbook order and layout.
@@ -50,6 +56,8 @@ class SmallConvNet(nn.Module):
             blocks += [nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
             channels, height, breadth = after, height // 2, breadth // 2
         self.features = nn.Sequential(*blocks)
+        self.stage_channels = (width, 2 * width, 4 * width)
+        self.pool_option, self.any_size = pool, pool == "mean"
         self.pool: nn.Module = nn.Flatten() if pool == "flat" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.dropout = nn.Dropout(dropout)
         self.neck = nn.Linear(channels * (height * breadth if pool == "flat" else 1), embedding_dim, bias=False)
@@ -58,10 +66,23 @@ class SmallConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeds images ``(batch, channels, height, width)`` in [0, 1] as ``(batch, embedding_dim)``."""
+        return self.embed_map(self.stages(images)[-1])
+
+    def stages(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The maps behind each block, of a half, a quarter and an eighth of the image's side."""
         # A copy, as ``contiguous`` leaves a single channel in the strides it has, from which convolutions choose.
         inputs = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
-        features = self.features(inputs.sub_(_MEAN).div_(_STD))
-        return self.norm(self.neck(self.dropout(self.pool(features))))  # type: ignore[no-any-return]
+        hidden = inputs.sub_(_MEAN).div_(_STD)
+        maps = []
+        for position, layer in enumerate(self.features):
+            hidden = layer(hidden)
+            if position % _BLOCK == _BLOCK - 1:
+                maps.append(hidden)
+        return tuple(maps)
+
+    def embed_map(self, last_map: Tensor) -> Tensor:
+        """The last block's map to the embedding."""
+        return self.norm(self.neck(self.dropout(self.pool(last_map))))  # type: ignore[no-any-return]
 
 
 class Pixels(nn.Module):
@@ -87,7 +108,7 @@ class Pixels(nn.Module):
 class TimmEncoder(nn.Module):
     """A network of timm without its classifier, and a linear neck."""
 
-    def __init__(self, body: nn.Module, features: int, embedding_dim: int) -> None:
+    def __init__(self, body: Any, features: int, embedding_dim: int) -> None:
         super().__init__()
         self.body = body
         self.neck = nn.Linear(features, embedding_dim)
@@ -97,12 +118,33 @@ class TimmEncoder(nn.Module):
         return self.neck(self.body((images - _MEAN) / _STD))  # type: ignore[no-any-return]
 
 
+class TimmMapEncoder(TimmEncoder):
+    """A convolutional network of timm; a :class:`~armillary.components.encoders.MapEncoder` for images of any size."""
+
+    any_size = True
+
+    def __init__(self, body: Any, features: int, embedding_dim: int) -> None:
+        super().__init__(body, features, embedding_dim)
+        # The last stage is what goes into the pooling, which some networks widen or normalise once more.
+        self.stage_channels = (*(stage["num_chs"] for stage in body.feature_info[:-1]), int(body.num_features))
+
+    def stages(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The maps of the network's stages."""
+        last, maps = self.body.forward_intermediates((images - _MEAN) / _STD)
+        return (*maps[:-1], last)
+
+    def embed_map(self, last_map: Tensor) -> Tensor:
+        """The last stage's map to the embedding."""
+        return self.neck(self.body.forward_head(last_map))  # type: ignore[no-any-return]
+
+
 def build_encoder(spec: BackboneSpec, *, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
     """Makes the network a job names.
 
     Args:
-        spec: the job's ``backbone`` section; its options are arguments of :class:`SmallConvNet` (width, dropout, pool)
-            or of ``timm.create_model``; ``pixels`` takes none.
+        spec: the job's ``backbone`` section; its options are arguments of :class:`SmallConvNet` (width, dropout, pool),
+            of :func:`~armillary.components.transformers.small_transformer` (width, depth, heads, patch, pool,
+            positions, layer_scale) or of ``timm.create_model``; ``pixels`` takes none.
         in_channels: channels of the images.
         image_size: height and width in pixels.
 
@@ -115,6 +157,8 @@ def build_encoder(spec: BackboneSpec, *, in_channels: int, image_size: tuple[int
     """
     if spec.name == "small_convnet":
         return _small_convnet(spec, in_channels, image_size)
+    if spec.name == "small_vit":
+        return _small_vit(spec, in_channels, image_size)
     if spec.name == "pixels":
         _known(spec, {})
         return Pixels(in_channels, image_size)
@@ -135,23 +179,65 @@ def _known(spec: BackboneSpec, allowed: dict[str, str]) -> None:
             )
 
 
-def _small_convnet(spec: BackboneSpec, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
-    ranges = {"width": "an integer in 4..512", "dropout": "a number in 0..0.9", "pool": "flat, mean"}
+def _check_options(spec: BackboneSpec, ranges: dict[str, str], legal: dict[str, Callable[[Any], bool]]) -> None:
     _known(spec, ranges)
-    options: dict[str, Any] = {"width": 32, "dropout": 0.0, "pool": "flat", **spec.options}
-    width, dropout = options["width"], options["dropout"]
-    legal = {
-        "width": type(width) is int and 4 <= width <= 512,
-        "dropout": type(dropout) in (int, float) and 0 <= dropout <= 0.9,
-        "pool": options["pool"] in ("flat", "mean"),
-    }
-    for name, fine in legal.items():
-        if not fine:
-            raise UserError(f"found {options[name]!r}", key=f"backbone.{name}", allowed=ranges[name])
+    for name, value in spec.options.items():
+        if not legal[name](value):
+            raise UserError(f"found {value!r}", key=f"backbone.{name}", allowed=ranges[name])
+
+
+def _small_convnet(spec: BackboneSpec, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    _check_options(
+        spec,
+        {"width": "an integer in 4..512", "dropout": "a number in 0..0.9", "pool": "flat, mean"},
+        {
+            "width": lambda value: type(value) is int and 4 <= value <= 512,
+            "dropout": lambda value: type(value) in (int, float) and 0 <= value <= 0.9,
+            "pool": lambda value: value in ("flat", "mean"),
+        },
+    )
     if min(image_size) < _MIN_SIDE:
         found = f"{image_size[0]} x {image_size[1]}"
         raise UserError(f"small_convnet halves the image three times; {found} px is too small", key="data.image_size")
-    return SmallConvNet(in_channels, image_size, spec.embedding_dim, **options)
+    return SmallConvNet(in_channels, image_size, spec.embedding_dim, **spec.options)
+
+
+def _small_vit(spec: BackboneSpec, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    _check_options(
+        spec,
+        {
+            "width": "a multiple of 4 in 16..1024",
+            "depth": "an integer in 1..24",
+            "heads": "an integer in 1..16 that divides width",
+            "patch": "an integer in 2..32",
+            "pool": "cls, mean",
+            "positions": "sincos, learned",
+            "layer_scale": "a number in 0..1; 0 for none",
+        },
+        {
+            "width": lambda value: type(value) is int and 16 <= value <= 1024 and value % 4 == 0,
+            "depth": lambda value: type(value) is int and 1 <= value <= 24,
+            "heads": lambda value: type(value) is int and 1 <= value <= 16,
+            "patch": lambda value: type(value) is int and 2 <= value <= 32,
+            "pool": lambda value: value in ("cls", "mean"),
+            "positions": lambda value: value in ("sincos", "learned"),
+            "layer_scale": lambda value: type(value) in (int, float) and 0 <= value <= 1,
+        },
+    )
+    width, heads, patch = (
+        spec.options.get(name, default) for name, default in (("width", 96), ("heads", 3), ("patch", 4))
+    )
+    if width % heads:
+        raise UserError(
+            f"found {heads} heads for a width of {width}", key="backbone.heads", allowed="a divisor of the width"
+        )
+    if min(image_size) < patch or any(side % patch for side in image_size):
+        raise UserError(
+            f"patches of {patch} px do not divide images of {image_size[0]} x {image_size[1]} px",
+            key="backbone.patch",
+            allowed="a divisor of height and width",
+        )
+    return small_transformer(in_channels, image_size, spec.embedding_dim, **spec.options)
 
 
 def _timm(spec: BackboneSpec, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
@@ -175,6 +261,16 @@ def _timm(spec: BackboneSpec, in_channels: int, image_size: tuple[int, int]) -> 
             body = timm.create_model(model, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"timm cannot make {model} with {spec.options}: {error}", key="backbone") from error
+    transformer = from_timm(body, spec.embedding_dim)
+    if transformer is not None:
+        return transformer
     # Some networks widen once more behind their last feature map.
     features: Any = getattr(body, "head_hidden_size", body.num_features)
-    return TimmEncoder(body, features, spec.embedding_dim)
+    kind = TimmMapEncoder if _is_convolutional(body) else TimmEncoder
+    return kind(body, features, spec.embedding_dim)
+
+
+def _is_convolutional(body: Any) -> bool:
+    """Whether its stages are maps of any image's size: it can give them, and no layer attends or knows positions."""
+    attends = any("attention" in type(module).__name__.lower() for module in body.modules())
+    return hasattr(body, "forward_intermediates") and not attends and not hasattr(body, "pos_embed")

@@ -131,8 +131,8 @@ class ObjectiveSuite:
 
     def test_autocast(self, case: Case) -> None:
         """Under bfloat16 autocast the loss is float32 and close to float32's; the encoder here computes nothing."""
-        pixels = tiny.CHANNELS * tiny.HEIGHT * tiny.WIDTH
-        objective, batch = case.build(encoder=nn.Flatten(), embedding_dim=pixels), case.batch()
+        encoder = tiny.FlatEncoder()
+        objective, batch = case.build(encoder=encoder, embedding_dim=encoder.embedding_dim), case.batch()
         exact = objective(batch).loss
         with torch.autocast("cpu", torch.bfloat16):
             loss = objective(batch).loss

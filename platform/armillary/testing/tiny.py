@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armillary.components.encoders import Tokens
+from armillary.components.patches import patchify, unpatchify
+from armillary.components.transformers import TransformerEncoder, small_transformer
+from armillary.data.views import make_views
 from armillary.objectives import Batch, BuildContext, Needs, Objective
 
 CHANNELS, HEIGHT, WIDTH = 1, 6, 6
+PATCH = 2
 NUM_CLASSES = 4
 EMBEDDING_DIM = 8
 # Hyperparameters that only cost time, made small wherever an objective has them.
@@ -18,19 +23,98 @@ SMALL = {"projection_hidden": 16, "projection_dim": 8}
 
 
 class TinyEncoder(nn.Module):
-    """Images ``(batch, 1, 6, 6)`` to embeddings ``(batch, 8)``: convolution, batch norm, smooth activation, linear."""
+    """Images ``(batch, 1, 6, 6)`` or smaller to embeddings ``(batch, 8)``; a ``MapEncoder`` of two stages.
+
+    Two convolutions with smooth activations, batch norm behind the first, the mean over places, a linear neck.
+    """
+
+    any_size = True
+    stage_channels = (6, 12)
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(CHANNELS, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6), nn.SiLU(), nn.Flatten()
+        self.first = nn.Sequential(
+            nn.Conv2d(CHANNELS, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6), nn.SiLU()
         )
-        self.neck = nn.Linear(6 * 3 * 3, EMBEDDING_DIM)
+        self.second = nn.Sequential(nn.Conv2d(6, 12, 3, padding=1), nn.SiLU())
+        self.neck = nn.Linear(12, EMBEDDING_DIM)
 
     def forward(self, images: Tensor) -> Tensor:
         """The embeddings."""
-        embeddings: Tensor = self.neck(self.features(images))
+        return self.embed_map(self.stages(images)[-1])
+
+    def stages(self, images: Tensor) -> tuple[Tensor, ...]:
+        """``(batch, 6, 3, 3)`` and ``(batch, 12, 3, 3)``."""
+        shallow = self.first(images)
+        return shallow, self.second(shallow)
+
+    def embed_map(self, last_map: Tensor) -> Tensor:
+        """The embedding of the second stage."""
+        embeddings: Tensor = self.neck(last_map.mean(dim=(2, 3)))
         return embeddings
+
+
+class TinyTokenEncoder(TransformerEncoder):
+    """A transformer of two layers on patches of 2 pixels; images of 6 x 6 or less to embeddings ``(batch, 8)``."""
+
+    def __init__(self) -> None:
+        made = small_transformer(
+            CHANNELS, (HEIGHT, WIDTH), EMBEDDING_DIM, width=16, depth=2, heads=2, patch=PATCH, pool="mean"
+        )
+        super().__init__(made.body, made.token_dim, made.patch_size, EMBEDDING_DIM, "mean")
+
+
+class FlatEncoder(nn.Module):
+    """Computes nothing: the embedding is the pixels. What differs under autocast is then the objective's own work.
+
+    Its map is the image, its tokens the pixels of patches and their mean; smaller images are filled up with zeros.
+    """
+
+    any_size = True
+    embedding_dim = CHANNELS * HEIGHT * WIDTH
+    stage_channels = (CHANNELS,)
+    token_dim = CHANNELS * PATCH**2
+    patch_size = (PATCH, PATCH)
+    grid = (HEIGHT // PATCH, WIDTH // PATCH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(batch, 1, 6, 6)`` as ``(batch, 36)``."""
+        return nn.functional.pad(images, (0, WIDTH - images.shape[3], 0, HEIGHT - images.shape[2])).flatten(1)
+
+    def stages(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The images."""
+        return (images,)
+
+    def embed_map(self, last_map: Tensor) -> Tensor:
+        """The pixels."""
+        return self(last_map)  # type: ignore[no-any-return]
+
+    def tokens(
+        self,
+        images: Tensor,
+        *,
+        masked: Tensor | None = None,
+        keep: Tensor | None = None,
+        queries: Tensor | None = None,
+    ) -> Tokens:
+        """Patches of 2 x 2 pixels; masked ones are black."""
+        patches = patchify(images, self.patch_size)
+        if masked is not None:
+            patches = patches.masked_fill(masked[..., None], 0)
+        if keep is not None:
+            patches = patches.gather(1, keep[..., None].expand(-1, -1, self.token_dim))
+        return Tokens(patches.mean(dim=1), patches, queries)
+
+    def embed_tokens(self, tokens: Tokens) -> Tensor:
+        """The patches side by side, with zeros for those that are not there."""
+        missing = self.grid[0] * self.grid[1] - tokens.patches.shape[1]
+        whole = nn.functional.pad(tokens.patches, (0, 0, 0, missing))
+        return self(unpatchify(whole, self.patch_size, (HEIGHT, WIDTH)))  # type: ignore[no-any-return]
+
+
+def encoder_for(needs: Needs) -> nn.Module:
+    """A tiny encoder with the abilities that an objective needs."""
+    return TinyTokenEncoder() if needs.encoder == "tokens" else TinyEncoder()
 
 
 def build(
@@ -47,14 +131,15 @@ def build(
     Args:
         cls: the objective.
         options: hyperparameters that differ from the defaults.
-        encoder: takes the place of :class:`TinyEncoder`.
+        encoder: takes the place of :func:`encoder_for`.
         embedding_dim: that encoder's width.
         dtype: type of all parameters.
         seed: of the parameters.
     """
     torch.manual_seed(seed)
+    values = hyperparameters(cls, options or {})
     context = BuildContext(
-        encoder=TinyEncoder() if encoder is None else encoder,
+        encoder=encoder_for(cls.needs_for(values)) if encoder is None else encoder,
         embedding_dim=embedding_dim,
         num_classes=NUM_CLASSES,
         num_samples=64,
@@ -66,7 +151,7 @@ def build(
         image_size=(HEIGHT, WIDTH),
         class_counts=torch.full((NUM_CLASSES,), 16),
     )
-    return cls(hyperparameters(cls, options or {}), context).to(dtype)
+    return cls(values, context).to(dtype)
 
 
 def hyperparameters(cls: type[Objective], options: dict[str, Any]) -> Any:
@@ -78,6 +163,9 @@ def hyperparameters(cls: type[Objective], options: dict[str, Any]) -> Any:
 def _share(images: Tensor, draw: torch.Generator) -> Tensor:
     return torch.rand(len(images), generator=draw, dtype=images.dtype)
 
+
+# Recipes whose draws an objective learns from, so that made-up views would not do.
+DRAWING_RECIPES = ("rotation", "jigsaw", "pirl", "looc", "multicrop", "masked_face", "low_res_pair")
 
 # Fields beside label and index, from the first view and a source of chance. What a new field looks like is added here
 # with the first objective that needs it.
@@ -121,7 +209,14 @@ def batch(
         return torch.rand(size, CHANNELS, HEIGHT, WIDTH, generator=draw, dtype=torch.float64)
 
     images = 0.5 * patterns[labels % NUM_CLASSES] + 0.3 * noise()
-    views = tuple((images + 0.2 * noise()).to(dtype) for _ in range(needs.views))
+    index = torch.arange(size)
+    if needs.recipe.startswith(DRAWING_RECIPES):
+        views, parameters = _recipe_views(needs, images, index, seed)
+        views = tuple(view.to(dtype) for view in views)
+    else:
+        views = tuple((images + 0.2 * noise()).to(dtype) for _ in range(needs.views))
+        whole = {"box": torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(size, 1), "flip": torch.zeros(size)}
+        parameters = tuple(dict(whole) for _ in range(needs.views))
     fields = {}
     for name in needs.fields:
         if name == "label":
@@ -130,7 +225,20 @@ def batch(
             fields[name] = FIELD_MAKERS[name](views[0], draw)
         elif name != "index":
             raise ValueError(f"no tiny batch can carry the field {name!r} yet: add it to FIELD_MAKERS")
-    return Batch(views=views, index=torch.arange(size), fields=fields)
+    return Batch(views, index, fields, parameters)
+
+
+def _recipe_views(
+    needs: Needs, images: Tensor, index: Tensor, seed: int
+) -> tuple[tuple[Tensor, ...], tuple[dict[str, Tensor], ...]]:
+    """Views by the recipe itself, whose draws the objective uses; local crops are 4 x 4, puzzles have 3 x 3 tiles."""
+    options = dict(needs.recipe_options)
+    if needs.recipe.startswith("multicrop"):
+        options |= {"global_size": 1.0, "local_size": 4 / HEIGHT, "blur": 0.0}
+    make = make_views(needs.recipe, options)
+    pixels = (255 * images).to(torch.uint8)
+    made = [make(pixels, index, seed=seed, epoch=0, view=view) for view in range(needs.views)]
+    return tuple(view.pixels for view in made), tuple(view.parameters for view in made)
 
 
 def take(whole: Batch, rows: Tensor | slice) -> Batch:
