@@ -6,10 +6,13 @@ and masks, offsets (a margin, a log-weight) are added to the logits, soft target
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from armillary.losses.global_batch import first_column, global_mean, global_rows, global_sum, same_label, self_mask
+from armillary.losses.blocks import Block, against_batch, log_sum_exp_of_others
+from armillary.losses.global_batch import first_column, global_mean, global_rows, global_sum
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
 
 
@@ -64,28 +67,71 @@ class _ColumnLoss(nn.Module):
     def contrast(self, embeddings: Tensor, keys: Tensor, metrics: dict[str, Tensor] | None) -> Tensor:
         """The loss of ``embeddings (rows, dim)`` where rows with equal ``keys (rows,)`` are positives of each other."""
         anchors = normalize(embeddings)
-        cosine = anchors @ global_rows(anchors, self.gather).T
-        itself = self_mask(cosine, self.gather)
-        positive = same_label(keys, self.gather) & ~itself
-        losses, valid = masked_cross_entropy(cosine / self.temperature, positive, ~itself, self.mode)
+        groups = Groups.of(anchors, keys, self.gather)
+        valid = groups.partners > 0
+        losses = (self._out if self.mode == "out" else self._in)(anchors, keys, groups, valid)
         if metrics is not None:
-            metrics.update(self._metrics(cosine.detach(), positive, ~positive & ~itself, valid))
+            metrics.update(self._metrics(anchors.detach(), groups))
         guard = not_a_number_guard(embeddings)
         if self.reduction == "none":
             return losses + guard
         return global_mean(losses.sum(), valid.sum(), self.gather) + guard
 
-    def _metrics(self, cosine: Tensor, positive: Tensor, negative: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        def mean(mask: Tensor) -> Tensor:
-            return global_mean((cosine * mask).sum(), mask.sum(), self.gather)
+    def _out(self, anchors: Tensor, keys: Tensor, groups: Groups, valid: Tensor) -> Tensor:
+        """The denominators block by block; the numerators from the sums of each group's vectors."""
 
-        anchors = valid.new_full((), valid.numel(), dtype=torch.long)
+        def log_denominator(block: Block) -> tuple[Tensor, ...]:
+            return (torch.where(valid[block.rows], log_sum_exp_of_others(block, 1 / self.temperature), 0),)
+
+        (denominator,) = against_batch(log_denominator, anchors, keys, self.gather, eager=self.reduction == "mean")
+        counts = groups.partners.clamp_min(1).to(anchors.dtype)
+        positives = (anchors * (groups.sums - anchors)).sum(1) / (self.temperature * counts)
+        return denominator - torch.where(valid, positives, 0)
+
+    def _in(self, anchors: Tensor, keys: Tensor, groups: Groups, valid: Tensor) -> Tensor:
+        def masked(block: Block) -> tuple[Tensor, ...]:
+            logits = block.anchors @ block.columns.T / self.temperature
+            return (masked_cross_entropy(logits, block.positive, block.others, "in")[0],)
+
+        return against_batch(masked, anchors, keys, self.gather, eager=self.reduction == "mean")[0]
+
+    def _metrics(self, anchors: Tensor, groups: Groups) -> dict[str, Tensor]:
+        """Sums of cosines over pairs from sums of vectors: ``sum_{j in J} a.z_j = a.(sum_{j in J} z_j)``."""
+        rows, partners = anchors.new_tensor(len(anchors)), groups.partners.sum().to(anchors.dtype)
+        itself, of_same = anchors.square().sum(), (anchors * groups.sums.detach()).sum()
+        of_all = (anchors @ groups.total.detach()).sum()
         return {
-            "anchors": global_sum(valid.sum(), self.gather).to(cosine.dtype),
-            "positives_per_anchor": global_mean(positive.sum().to(cosine.dtype), anchors, self.gather),
-            "positive_cosine": mean(positive),
-            "negative_cosine": mean(negative),
+            "anchors": global_sum((groups.partners > 0).sum(), self.gather).to(anchors.dtype),
+            "positives_per_anchor": global_mean(partners, rows, self.gather),
+            "positive_cosine": global_mean(of_same - itself, partners, self.gather),
+            "negative_cosine": global_mean(of_all - of_same, rows * groups.samples - rows - partners, self.gather),
         }
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What an anchor's group, the samples of all workers with its key, adds up to.
+
+    Args:
+        sums: of the group's vectors, ``(anchors, dim)``, the anchor's own among them, with gradient.
+        partners: its samples beside the anchor, ``(anchors,)``.
+        total: sum of all vectors, ``(dim,)``.
+        samples: number of all samples.
+    """
+
+    sums: Tensor
+    partners: Tensor
+    total: Tensor
+    samples: int
+
+    @classmethod
+    def of(cls, anchors: Tensor, keys: Tensor, gather: bool = True) -> Groups:
+        """Of ``anchors (rows, dim)`` with ``keys (rows,)``."""
+        columns, column_keys = global_rows(anchors, gather), global_rows(keys, gather)
+        _, number = column_keys.unique(return_inverse=True)
+        own = number[first_column(len(keys), gather) :][: len(keys)]
+        sums = columns.new_zeros(len(column_keys), columns.shape[1]).index_add(0, number, columns)
+        return cls(sums[own], number.bincount()[own] - 1, columns.sum(0), len(columns))
 
 
 class SupCon(_ColumnLoss):

@@ -1,0 +1,192 @@
+"""Anchors against columns, one block of anchors at a time: memory linear in the batch, matrices that stay in cache.
+
+A batch-coupled loss is a function of an ``(anchors, columns)`` matrix that nobody needs as a whole. Here the function
+sees some anchors against all columns, and its gradient is taken before the next block starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armillary.losses.global_batch import first_column, global_rows
+
+# Elements of one block's matrix: 4 MB in float32. Smaller ones fit a core's own cache, but waste time between operations.
+BLOCK_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some anchors against all columns.
+
+    Args:
+        anchors: ``(rows, dim)``, this worker's.
+        columns: ``(columns, dim)``, all workers' in rank order, further ones (a queue) after them.
+        keys: ``(rows,)`` integers; anchors and columns of equal key belong together.
+        column_keys: ``(columns,)``.
+        rows: which of this worker's anchors they are.
+        first: the column in which the block's first anchor stands.
+    """
+
+    anchors: Tensor
+    columns: Tensor
+    keys: Tensor
+    column_keys: Tensor
+    rows: slice
+    first: int
+
+    @cached_property
+    def same(self) -> Tensor:
+        """``(rows, columns)`` bool: equal keys, the anchor itself included."""
+        return self.keys[:, None] == self.column_keys[None, :]
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """``(rows, columns)`` bool: equal keys, without the anchor itself."""
+        return self.without_self(self.same)
+
+    @cached_property
+    def negative(self) -> Tensor:
+        """``(rows, columns)`` bool: another key."""
+        return ~self.same
+
+    @cached_property
+    def others(self) -> Tensor:
+        """``(rows, columns)`` bool: everything but the anchor itself."""
+        return self.without_self(torch.ones_like(self.same))
+
+    def without_self(self, mask: Tensor) -> Tensor:
+        """A copy of a ``(rows, columns)`` mask that is False where an anchor meets itself."""
+        mask = mask.clone()
+        mask.diagonal(self.first).fill_(False)
+        return mask
+
+
+# Per-anchor tensors of a block: first what is differentiated, (rows,) or (rows, parts), then detached statistics.
+BlockFunction = Callable[[Block], tuple[Tensor, ...]]
+
+
+class _ByBlocks(torch.autograd.Function):
+    """See :func:`by_blocks`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: BlockFunction, blocks: list[Block], eager: bool, anchors: Tensor, columns: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.function, ctx.blocks, ctx.gradients = function, blocks, None
+        if eager and any(ctx.needs_input_grad):
+            results, ctx.gradients = _with_gradients(function, blocks, None)
+        else:
+            results = [function(block) for block in blocks]
+        joined = tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+        ctx.mark_non_differentiable(*joined[1:])
+        return joined
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is not None and bool((grad == grad.flatten()[0]).all()):
+            anchors, columns = (gradient * grad.flatten()[0] for gradient in ctx.gradients)
+        else:
+            with torch.autocast(grad.device.type, enabled=False):
+                anchors, columns = _with_gradients(ctx.function, ctx.blocks, grad)[1]
+        return None, None, None, anchors, columns
+
+
+def _with_gradients(
+    function: BlockFunction, blocks: list[Block], weights: Tensor | None
+) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, Tensor]]:
+    """The results of all blocks, and the gradients of the (weighted) sum of their first parts."""
+    results, anchor_gradients = [], []
+    columns = blocks[0].columns.detach().requires_grad_()
+    total = torch.zeros_like(columns)
+    for block in blocks:
+        anchors = block.anchors.detach().requires_grad_()
+        with torch.enable_grad():
+            losses, *statistics = function(replace(block, anchors=anchors, columns=columns))
+            given = torch.ones_like(losses) if weights is None else weights[block.rows]
+            of_anchors, of_columns = torch.autograd.grad(losses, (anchors, columns), given, materialize_grads=True)
+        total += of_columns
+        anchor_gradients.append(of_anchors)
+        results.append((losses.detach(), *statistics))
+    return results, (torch.cat(anchor_gradients), total)
+
+
+def by_blocks(
+    function: BlockFunction,
+    anchors: Tensor,
+    columns: Tensor,
+    keys: Tensor,
+    column_keys: Tensor,
+    first: int = 0,
+    eager: bool = True,
+) -> tuple[Tensor, ...]:
+    """Evaluates a function of anchors against columns block by block.
+
+    Args:
+        function: from a :class:`Block` to per-anchor tensors: the first ``(rows,)`` or ``(rows, parts)`` and connected
+            to both ``block.anchors`` and ``block.columns``, the others detached. It may depend on nothing else that
+            needs a gradient; quantities of samples that do are appended to the vectors.
+        anchors: ``(anchors, dim)``.
+        columns: ``(columns, dim)``.
+        keys: ``(anchors,)``.
+        column_keys: ``(columns,)``.
+        first: the column in which the first anchor stands.
+        eager: take the gradient of the plain sum already in the forward pass, where the block is at hand. A sum or mean
+            of the result then costs nothing in the backward pass; any other use computes the blocks once more, and
+            should say ``eager=False``.
+
+    Returns:
+        The function's tensors, ``(anchors, ...)``; differentiable once, through the first.
+    """
+    size = max(16, BLOCK_ELEMENTS // max(1, len(columns)))
+    blocks = [
+        Block(anchors[rows].detach(), columns.detach(), keys[rows], column_keys, rows, first + rows.start)
+        for rows in (slice(start, start + size) for start in range(0, len(anchors), size))
+    ]
+    return _ByBlocks.apply(function, blocks, eager, anchors, columns)  # type: ignore[no-any-return]
+
+
+def against_batch(
+    function: BlockFunction, anchors: Tensor, keys: Tensor, gather: bool = True, eager: bool = True
+) -> tuple[Tensor, ...]:
+    """:func:`by_blocks` of this worker's anchors against the samples of all workers, or its own without gather."""
+    first = first_column(len(anchors), gather)
+    columns, column_keys = global_rows(anchors, gather), global_rows(keys, gather)
+    return by_blocks(function, anchors, columns, keys, column_keys, first, eager)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Over one matrix, which is overwritten step by step: exponentials in the forward pass, gradient in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, columns: Tensor, first: int) -> Tensor:
+        matrix = anchors @ columns.T
+        matrix.diagonal(first).fill_(-torch.inf)
+        largest = matrix.amax(dim=1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).min)
+        total = matrix.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        ctx.save_for_backward(anchors, columns)
+        ctx.exponentials, ctx.total = matrix, total
+        return (total.log() + largest).squeeze(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        anchors, columns = ctx.saved_tensors
+        matrix = ctx.exponentials.mul_(grad[:, None] / ctx.total.clamp_min(torch.finfo(grad.dtype).tiny))
+        return matrix @ columns, matrix.T @ anchors, None
+
+
+def log_sum_exp_of_others(block: Block, scale: float) -> Tensor:
+    """``log sum_{j != i} exp(scale * a_i . c_j)`` of each anchor, ``(rows,)``; -inf where there is no other column.
+
+    Five passes over the block's matrix beside the three products: the denominator of contrastive losses. To be used
+    inside :func:`by_blocks`, once.
+    """
+    values: Tensor = _LogSumExp.apply(block.anchors * scale, block.columns, block.first)
+    return values
