@@ -22,9 +22,11 @@ def cases(loss: str) -> pytest.MarkDecorator:
 
 
 def from_cosines(kind: type[ClassHeadLoss], classes: int, **options: Any) -> ClassHeadLoss:
-    """The loss on given cosines: its head's similarity is its input."""
+    """The loss on given cosines: its rows are unit vectors, its similarity plain products, so that it is the input."""
     loss = kind(classes, classes, **options).double()
-    loss.similarity = lambda cosines: cosines  # type: ignore[method-assign,assignment,misc]
+    with torch.no_grad():
+        loss.weight.copy_(torch.eye(classes))
+    loss.similarity = lambda cosines, rows: cosines @ rows["weight"].T  # type: ignore[method-assign,assignment,misc]
     return loss
 
 

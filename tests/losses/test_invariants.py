@@ -81,7 +81,9 @@ def test_arcface_gradient_factor() -> None:
     cosines = torch.tensor([[0.3, 0.1, -0.2], [0.5, -0.6, 0.4]], dtype=torch.float64, requires_grad=True)
     labels, theta = torch.tensor([0, 2]), torch.tensor([0.3, 0.4], dtype=torch.float64).acos()
     loss = losses.ArcFace(3, 3, margin=0.5, scale=8.0).double()
-    loss.similarity = lambda given: given  # type: ignore[method-assign,assignment,misc]
+    with torch.no_grad():
+        loss.weight.copy_(torch.eye(3))
+    loss.similarity = lambda given, rows: given @ rows["weight"].T  # type: ignore[method-assign,assignment,misc]
     loss(cosines, labels).backward()
     logits = 8 * cosines.detach().scatter(1, labels[:, None], (theta + 0.5).cos()[:, None])
     share = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)

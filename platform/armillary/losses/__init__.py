@@ -13,7 +13,7 @@ under autocast and for half-precision inputs; float64 stays float64. A dict pass
 scalars whose mean over workers is the global batch's value.
 """
 
-from armillary.losses.class_head import ClassHeadLoss, HeadTerms, Samples, softmax_head_loss
+from armillary.losses.class_head import ClassHeadLoss, HeadTerms, LinearHeadLoss, Samples, softmax_head_loss
 from armillary.losses.contrastive import NTXent, SupCon
 from armillary.losses.margin_softmax import ArcFace, CosFace, NormFace, Softmax
 from armillary.losses.triplet import Triplet
@@ -23,6 +23,7 @@ __all__ = [
     "ClassHeadLoss",
     "CosFace",
     "HeadTerms",
+    "LinearHeadLoss",
     "NTXent",
     "NormFace",
     "Samples",

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from armillary.losses.class_head import ALL_CLASSES, ClassHeadLoss, Samples
+from armillary.losses.class_head import ClassHeadLoss, LinearHeadLoss, Samples
 
 # Smallest 1 - cos^2 under the root: its slope is infinite at 0.
 SINE_FLOOR = 1e-12
 LEAST_SCALE = 0.01
 
 
-class Softmax(ClassHeadLoss):
+class Softmax(LinearHeadLoss):
     """Cross-entropy over a linear head.
 
     ``L = mean_i -log( exp(z_iy) / sum_j exp(z_ij) ),  z_ij = W_j . x_i + b_j``
@@ -27,16 +27,8 @@ class Softmax(ClassHeadLoss):
         reduction: ``mean`` or ``none``.
     """
 
-    similarity_name = "logit"
-
     def __init__(self, num_classes: int, embedding_dim: int, bias: bool = True, reduction: str = "mean") -> None:
-        super().__init__(num_classes, embedding_dim, scale=1.0, reduction=reduction)
-        self.bias = nn.Parameter(torch.zeros(num_classes)) if bias else None
-
-    def similarity(self, embeddings: Tensor, rows: slice = ALL_CLASSES) -> Tensor:
-        """z: linear logits."""
-        logits = embeddings @ self.weight[rows].to(embeddings.dtype).T
-        return logits if self.bias is None else logits + self.bias[rows].to(embeddings.dtype)
+        super().__init__(num_classes, embedding_dim, bias=bias, reduction=reduction)
 
 
 class NormFace(ClassHeadLoss):
