@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from armillary.data.samplers import global_batches, steps_per_epoch
+from armillary.data.samplers import Population, global_batches, steps_per_epoch
+from armillary.objectives.base import Needs
 from armillary.spec.errors import UserError
 
 LABELS = torch.arange(28).repeat_interleave(10)
 
 
-def batches(labels: Tensor, size: int, k: int = 0, seed: int = 0, epoch: int = 0, sampler: str | None = None) -> Tensor:
-    name: Literal["random", "class_balanced"] = "class_balanced" if k else "random"
-    return global_batches(labels, batch_size=size, sampler=name, samples_per_class=k, seed=seed, epoch=epoch)
+def batches(labels: Tensor, size: int, k: int = 0, seed: int = 0, epoch: int = 0) -> Tensor:
+    needs = Needs(sampler="class_balanced", samples_per_class=k) if k else Needs()
+    return global_batches(needs, size, Population(labels), seed=seed, epoch=epoch)
 
 
 def test_random_takes_every_image_once_and_drops_the_rest() -> None:
@@ -91,5 +90,6 @@ def test_long_tails_are_levelled() -> None:
 @pytest.mark.parametrize(("size", "k", "complaint"), [(64, 3, "n x 3"), (232, 4, "58 classes"), (64, 0, "n x 0")])
 def test_impossible_batches_show_the_arithmetic(size: int, k: int, complaint: str) -> None:
     with pytest.raises(UserError) as error:
-        global_batches(LABELS, batch_size=size, sampler="class_balanced", samples_per_class=k, seed=0, epoch=0)
+        needs = Needs(sampler="class_balanced", samples_per_class=k)
+        global_batches(needs, size, Population(LABELS), seed=0, epoch=0)
     assert complaint in str(error.value)

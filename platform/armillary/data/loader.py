@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from armillary.data.samplers import check_class_balanced, global_batches, steps_per_epoch
-from armillary.data.splits import ImageSet
+from armillary.data import frames
+from armillary.data.samplers import Population, check_groups, global_batches, steps_per_epoch
+from armillary.data.splits import Images, ImageSet
+from armillary.data.streaming import StoredImages
 from armillary.data.views import Views
+from armillary.data.windows import check_windows, windowed_batches
 from armillary.objectives.base import Batch, Needs
 from armillary.spec.errors import UserError
 
@@ -45,29 +48,59 @@ class Batches:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_batches(train, needs, batch_size, world_size)
+        _check_fields(train, needs, views)
+        _check_share(batch_size, world_size)
         self.train, self.needs, self.views = train, needs, views
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.count = views.count or needs.views
+        # Where views are the frames of a sequence, batches are drawn from the frames that enough others follow.
+        self._clips: Tensor | None = None
+        if views.name == frames.RECIPE:
+            self._clips = frames.clips(train.fields["sequence"], train.fields["frame"], self.count)
+        drawn = train.label if self._clips is None else train.label[self._clips[:, 0]]
+        sets = train.fields.get("image_set")
+        self._population = Population(drawn, sets if sets is None or self._clips is None else sets[self._clips[:, 0]])
+        check_groups(needs, batch_size, self._population)
+        self._groups: Tensor | None = None
+        if isinstance(train.images, StoredImages):
+            groups = train.images.groups()
+            self._groups = groups if self._clips is None else groups[self._clips[:, 0]]
+            check_windows(needs, batch_size, self._population, self._groups, train.images.buffer)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps an epoch."""
-        return steps_per_epoch(len(self.train), self.batch_size)
+        return steps_per_epoch(len(self._population), self.batch_size)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """This worker's batches of an epoch, from ``start_step`` on, which gives what an uninterrupted epoch gives."""
-        plan = global_batches(
-            self.train.label,
-            batch_size=self.batch_size,
-            sampler=self.needs.sampler,
-            samples_per_class=self.needs.samples_per_class,
+        """This worker's batches of an epoch, from ``start_step`` on, which gives what an uninterrupted epoch gives.
+
+        What comes before ``start_step`` is not read.
+        """
+        share = self.batch_size // self.world_size
+        plan = self._plan(epoch)[start_step:, self.rank * share : (self.rank + 1) * share]
+        if self._clips is not None:
+            # (steps, share, frames)
+            plan = self._clips[plan]
+        read = list(plan.flatten(1))
+        for rows, images in zip(plan, in_order(self.train.images, read), strict=True):
+            yield self._batch(rows, images, epoch)
+
+    def _plan(self, epoch: int) -> Tensor:
+        """Places in the population, ``(steps, batch_size)``: the same on every worker."""
+        if self._groups is None:
+            return global_batches(self.needs, self.batch_size, self._population, seed=self.seed, epoch=epoch)
+        assert isinstance(self.train.images, StoredImages)
+        return windowed_batches(
+            self.needs,
+            self.batch_size,
+            self._population,
+            self._groups,
+            self.train.images.buffer,
             seed=self.seed,
             epoch=epoch,
         )
-        share = self.batch_size // self.world_size
-        for rows in plan[start_step:, self.rank * share : (self.rank + 1) * share]:
-            yield self._batch(rows, epoch)
 
     def samples(self) -> Iterator[Batch]:
         """One pass over this worker's part of the training set, in order of rows, one view without augmentation.
@@ -76,47 +109,63 @@ class Batches:
         """
         bounds = [len(self.train) * part // self.world_size for part in (self.rank, self.rank + 1)]
         share = max(1, self.batch_size // self.world_size)
-        for start in range(bounds[0], bounds[1], share):
-            rows = torch.arange(start, min(start + share, bounds[1]))
-            images = self.train.images[rows].to(self.device)
-            batch = self._columns(rows)
-            yield Batch((images.to(torch.float32) / 255,), self.train.index[rows].to(self.device), batch)
+        plan = torch.arange(bounds[0], bounds[1]).split(share)
+        for rows, images in zip(plan, in_order(self.train.images, plan), strict=True):
+            pixels = images.to(self.device, torch.float32) / 255
+            yield Batch((pixels,), self.train.index[rows].to(self.device), self._columns(rows))
 
     def _columns(self, rows: Tensor) -> dict[str, Tensor]:
         columns = {**self.train.fields, "label": self.train.label}
         wanted = [name for name in self.needs.fields if name != "index"]
         return {name: columns[name][rows].to(self.device, non_blocking=True) for name in wanted}
 
-    def _batch(self, rows: Tensor, epoch: int) -> Batch:
-        images = self.train.images[rows].to(self.device, non_blocking=True)
+    def _batch(self, rows: Tensor, images: Tensor, epoch: int) -> Batch:
+        """Everything of some samples: the one place where a batch is put together.
+
+        Args:
+            rows: ``(b,)``, or ``(b, frames)``; the fields and the index are those of the first frame.
+            images: uint8, of all of these, in that order.
+            epoch: counted from 0.
+        """
+        images = images.to(self.device, non_blocking=True)
+        each = [images] * self.count
+        if rows.ndim == 2:
+            each, rows = list(images.unflatten(0, tuple(rows.shape)).unbind(1)), rows[:, 0]
         index = self.train.index[rows].to(self.device, non_blocking=True)
-        views = [
-            self.views(images, index, seed=self.seed, epoch=epoch, view=view)
-            for view in range(self.views.count or self.needs.views)
-        ]
+        views = [self.views(part, index, seed=self.seed, epoch=epoch, view=view) for view, part in enumerate(each)]
         pixels, parameters = tuple(view.pixels for view in views), tuple(view.parameters for view in views)
         return Batch(pixels, index, self._columns(rows), parameters)
 
 
-def check_batches(train: ImageSet, needs: Needs, batch_size: int, world_size: int) -> None:
-    """Checks that batches can be made as the objective needs them.
+def in_order(images: Images, plan: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The images of one batch of positions after another, uint8 ``(n, C, H, W)``; stored ones are read ahead."""
+    if isinstance(images, StoredImages):
+        yield from images.ahead(plan)
+        return
+    for rows in plan:
+        yield images[rows]
 
-    Raises:
-        UserError: what is missing, and what the data has.
-    """
+
+def _check_fields(train: ImageSet, needs: Needs, views: Views) -> None:
     has = ["index", "label", *sorted(train.fields)]
-    for name in needs.fields:
+    wanted = list(needs.fields)
+    if needs.sampler == "image_sets":
+        wanted.append("image_set")
+    if views.name == frames.RECIPE:
+        wanted += ["sequence", "frame"]
+    for name in wanted:
         if name not in has:
             raise UserError(
-                f"the objective needs the batch fields {', '.join(needs.fields)}; the dataset has no {name!r}",
+                f"the objective needs the batch fields {', '.join(dict.fromkeys(wanted))}; the dataset has no {name!r}",
                 key="data.name",
                 allowed=f"a dataset with {name}; this one has {', '.join(has)}",
             )
+
+
+def _check_share(batch_size: int, world_size: int) -> None:
     if batch_size % world_size:
         raise UserError(
             f"batch_size {batch_size} cannot be shared by {world_size} workers evenly",
             key="train.batch_size",
             allowed=f"a multiple of {world_size}",
         )
-    if needs.sampler == "class_balanced":
-        check_class_balanced(len(torch.unique(train.label)), batch_size, needs.samples_per_class)

@@ -17,47 +17,62 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from armillary.components.counter import key, shuffled
+from armillary.data.fields import batch_fields, read_columns
 from armillary.data.importers import ensure_dataset
-from armillary.data.store import Dataset, Rows
+from armillary.data.pixels import ArrayImages, PixelSource, decode_all
+from armillary.data.store import Dataset
+from armillary.data.streaming import StoredImages
 from armillary.spec.errors import UserError
 from armillary.spec.jobs import DataSpec
 
 HELD_OUT_CLASSES = 0.3
 SAMPLE_FOLDS = 5
 MAX_SIDE = 4096
+# Decoded bytes up to which ``load: auto`` keeps a dataset in memory.
+MEMORY_LIMIT = 4 * 2**30
 # Part of the fingerprint: change it with any rule above.
 _RULE = "folds-1"
 _CLASS_ORDER, _SAMPLE_ORDER, _NOISE = 1, 2, 3
 
 
+# uint8 (N, C, H, W), wherever the pixels are: indexing by position gives tensors.
+Images = Tensor | ArrayImages | StoredImages
+
+
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in memory.
+    """Images with what is known of them.
 
     ``images`` uint8 ``(N, C, H, W)``; ``label`` ``(N,)`` int64; ``index`` ``(N,)`` int64, the position in the dataset;
-    ``fields`` the dataset's other numeric columns, first dimension N. Columns of text are left in the store.
+    ``fields`` numbers, first dimension N, and ``texts`` strings, ``(N,)``: see
+    :func:`armillary.data.fields.batch_fields`. Everything but the pixels is always in memory.
     """
 
-    images: Tensor
+    images: Images
     label: Tensor
     index: Tensor
     fields: dict[str, Tensor] = field(default_factory=dict)
+    texts: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.label)
 
     def select(self, rows: Tensor) -> ImageSet:
         """The rows of that position, in that order."""
+        images = self.images[rows] if isinstance(self.images, Tensor) else self.images.select(rows)
         columns = {name: values[rows] for name, values in self.fields.items()}
-        return ImageSet(self.images[rows], self.label[rows], self.index[rows], columns)
+        texts = {name: values[rows.numpy()] for name, values in self.texts.items()}
+        return ImageSet(images, self.label[rows], self.index[rows], columns, texts)
 
 
 @dataclass(frozen=True)
@@ -78,41 +93,76 @@ class PreparedData:
     fold: int
 
 
-def prepare(spec: DataSpec, *, seed: int) -> PreparedData:
-    """Loads, resizes and splits a dataset.
+def prepare(
+    spec: DataSpec, *, seed: int, pixels: Callable[[PixelSource], NDArray[np.uint8]] = decode_all
+) -> PreparedData:
+    """Splits a dataset, and decodes it unless it is to be streamed.
 
     Args:
         spec: the job's ``data`` section.
         seed: the run's seed; decides only which labels ``label_noise`` changes.
+        pixels: gives the whole decoded dataset; training passes one that shares it among workers.
 
     Raises:
-        UserError: no such dataset or fold, too few classes, or images of several sizes without ``image_size``.
+        UserError: no such dataset or fold, too few classes, images of several sizes without ``image_size``, or more
+            images than fit into memory.
     """
     dataset = ensure_dataset(spec.name)
     check_fold(dataset, spec)
-    everything = _load(dataset, spec.image_size)
+    source, columns = _open(dataset, spec.image_size)
+    everything = _stored(source, columns, spec)
     if spec.split == "identity":
         train_rows, held_out = _by_identity(everything.label, spec.fold, spec.holdout == "validation")
     else:
         train_rows, held_out = _by_sample(everything, spec.fold, spec.holdout == "validation")
+    if not streams(spec, source):
+        check_memory(source)
+        everything = replace(everything, images=ArrayImages(pixels(source), everything.index))
     train, evaluation = everything.select(train_rows), everything.select(held_out)
     classes = torch.unique(train.label)
-    train = _replace_label(train, torch.searchsorted(classes, train.label))
+    train = replace(train, label=torch.searchsorted(classes, train.label))
     if spec.split == "sample":
-        evaluation = _replace_label(evaluation, torch.searchsorted(classes, evaluation.label))
+        evaluation = replace(evaluation, label=torch.searchsorted(classes, evaluation.label))
     if spec.label_noise > 0:
-        train = _replace_label(train, _noisy(train.label, len(classes), spec.label_noise, seed))
-    height, width = everything.images.shape[-2:]
+        train = replace(train, label=_noisy(train.label, len(classes), spec.label_noise, seed))
     digest = {
         "content": dataset.fingerprint,
         "rule": _RULE,
         "split": spec.split,
         "holdout": spec.holdout,
-        "image_size": [height, width],
+        "image_size": [source.height, source.width],
         "label_noise": spec.label_noise,
     }
     fingerprint = hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()
     return PreparedData(train, evaluation, len(classes), fingerprint, dataset.name, spec.fold)
+
+
+def streams(spec: DataSpec, source: PixelSource) -> bool:
+    """Whether pixels stay in the store.
+
+    ``load: auto`` decides by the dataset alone, not by the machine: the order of the batches depends on it, and a job
+    must give the same everywhere.
+    """
+    return spec.load == "stream" or (spec.load == "auto" and source.nbytes > MEMORY_LIMIT)
+
+
+def check_memory(source: PixelSource) -> None:
+    """Checks that the decoded dataset leaves half of this machine's memory.
+
+    Raises:
+        UserError: it does not.
+    """
+    import psutil
+
+    there = psutil.virtual_memory().total
+    if source.nbytes > there / 2:
+        raise UserError(
+            f"{source.dataset.name} takes {source.nbytes / 2**30:.1f} GiB decoded, more than half of this machine's "
+            f"{there / 2**30:.1f} GiB",
+            key="data.load",
+            allowed="stream",
+            hint="or a smaller data.image_size",
+        )
 
 
 def fold_count(dataset: Dataset, split: str) -> int:
@@ -200,12 +250,8 @@ def _noisy(label: Tensor, classes: int, share: float, seed: int) -> Tensor:
     return changed
 
 
-def _replace_label(data: ImageSet, label: Tensor) -> ImageSet:
-    return ImageSet(data.images, label, data.index, data.fields)
-
-
-def _load(dataset: Dataset, image_size: tuple[int, int] | None) -> ImageSet:
-    """The whole dataset, every image resized once."""
+def _open(dataset: Dataset, image_size: tuple[int, int] | None) -> tuple[PixelSource, dict[str, NDArray[Any]]]:
+    """Where the pixels are, and all other columns."""
     shape = dataset.manifest.image_shape
     if image_size is None and shape is None:
         problem = f"the images of {dataset.name} differ in size"
@@ -213,35 +259,12 @@ def _load(dataset: Dataset, image_size: tuple[int, int] | None) -> ImageSet:
     height, width = image_size if image_size is not None else shape[:2]  # type: ignore[index]
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UserError(f"image_size [{height}, {width}]", key="data.image_size", allowed=f"1..{MAX_SIDE} pixels")
-    images, label, index = [], [], []
-    fields: dict[str, list[Tensor]] = {name: [] for name, kind in dataset.manifest.columns.items() if kind != "string"}
-    for rows in dataset.rows():
-        images.append(_resized(rows, height, width, uniform=shape is not None))
-        label.append(torch.tensor(rows.label))
-        index.append(torch.tensor(rows.index))
-        for name, parts in fields.items():
-            parts.append(torch.tensor(rows.fields[name]))
-    if len({part.shape[1] for part in images}) > 1:
-        images = [part if part.shape[1] == 3 else part.expand(-1, 3, -1, -1) for part in images]
-    columns = {name: torch.cat(parts) for name, parts in fields.items()}
-    return ImageSet(torch.cat(images), torch.cat(label), torch.cat(index), columns)
+    columns = read_columns(dataset, [*sorted(dataset.manifest.columns), *(() if shape else ("channels",))])
+    channels = shape[2] if shape else int(columns.pop("channels").max())
+    return PixelSource(dataset, channels, height, width), columns
 
 
-def _resized(rows: Rows, height: int, width: int, *, uniform: bool) -> Tensor:
-    if uniform:
-        return _resize(torch.from_numpy(np.stack(rows.images)).permute(0, 3, 1, 2), height, width)
-    channels = max(image.shape[2] for image in rows.images)
-    parts = []
-    for image in rows.images:
-        part = _resize(torch.from_numpy(image.copy()).permute(2, 0, 1)[None], height, width)
-        # Grey among colour: repeated, so that one tensor holds both.
-        parts.append(part.expand(-1, channels, -1, -1) if part.shape[1] != channels else part)
-    return torch.cat(parts)
-
-
-def _resize(images: Tensor, height: int, width: int) -> Tensor:
-    """uint8 ``(N, C, H, W)``, bilinear with antialiasing (a triangle as wide as the step, as Pillow does)."""
-    if images.shape[-2:] == (height, width):
-        return images.contiguous()
-    resized = F.interpolate(images.float(), size=(height, width), mode="bilinear", antialias=True, align_corners=False)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
+def _stored(source: PixelSource, columns: dict[str, NDArray[Any]], spec: DataSpec) -> ImageSet:
+    index, label = (torch.from_numpy(columns.pop(name).copy()) for name in ("index", "label"))
+    fields, texts = batch_fields(columns)
+    return ImageSet(StoredImages(source, index, spec.buffer), label, index, fields, texts)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from armillary.components.backbones import Pixels, build_encoder
-from armillary.data.loader import Batches, check_batches
+from armillary.data.loader import Batches
+from armillary.data.pixels import mean_image
 from armillary.data.splits import PreparedData, prepare
 from armillary.data.views import Views, make_views
 from armillary.evaluation.suite import check_protocols
@@ -36,14 +37,14 @@ class Plan:
         _, channels, height, width = train.images.shape
         encoder = build_encoder(self.job.backbone, in_channels=channels, image_size=(height, width))
         if isinstance(encoder, Pixels):
-            encoder.fit(train.images)
+            encoder.fit(mean_image(train.images)[None])
         context = BuildContext(
             encoder=encoder,
             embedding_dim=self.job.backbone.embedding_dim,
             num_classes=self.data.num_classes,
             num_samples=len(train),
             epochs=self.job.train.epochs,
-            steps_per_epoch=max(1, len(train) // self.job.train.batch_size),
+            steps_per_epoch=self.batches().steps_per_epoch if self.job.train.epochs else 1,
             batch_size=self.job.train.batch_size,
             seed=self.job.seed,
             dataset_size=int(train.index.max()) + 1,
@@ -79,15 +80,18 @@ def plan(
         hyperparameters = registry.hyperparameters(job.objective.name, job.objective.options)
         needs = objective.needs_for(hyperparameters)
         recipe = needs.recipe if job.views.name == "auto" else job.views.name
-        views = make_views(recipe, job.views.options)
+        fixed = needs.recipe_options if recipe == needs.recipe else {}
+        views = make_views(recipe, {**fixed, **job.views.options})
         _check_backbone(job)
         check_protocols(job.evaluate.protocols, job.data.split)
         _check_training(job, needs)
         check_capacity(job, capacity or local_capacity())
         data = prepared(job.data, seed=job.seed)
+        ready = Plan(job, data, views, needs)
         if job.train.epochs:
-            check_batches(data.train, needs, job.train.batch_size, job.train.workers)
-        return Plan(job, data, views, needs)
+            # Says what the data lacks, or why such batches cannot be made of it.
+            ready.batches(0, job.train.workers)
+        return ready
 
 
 def _check_backbone(job: TrainJob) -> None:
