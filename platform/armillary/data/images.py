@@ -13,11 +13,11 @@ MAX_BYTES = 64 * 2**20
 # Pillow warns at 89 million pixels; a photograph has fewer, a decompression bomb more.
 MAX_PIXELS = 64_000_000
 # Only formats whose decoders read nothing but the bytes they are given (no PostScript, no references to files).
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".webp", ".tif", ".tiff", ".gif")
 
 
-class UnreadableImage(OSError):
+class UnreadableImage(OSError):  # noqa: N818 - reads as a statement where it is caught
     """Not an image, cut off, too large, or not of a kind that fits in eight bits."""
 
 
@@ -42,7 +42,8 @@ def decode_image(data: bytes | memoryview) -> NDArray[np.uint8]:
             pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), dtype=np.uint8)
     except UnreadableImage:
         raise
-    except Exception as error:  # noqa: BLE001 - decoders report damage as almost any exception
+    except Exception as error:
+        # Decoders report damage as almost any exception.
         reason = "not an image" if type(error).__name__ == "UnidentifiedImageError" else str(error)[:200]
         raise UnreadableImage(reason or type(error).__name__) from error
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -1,0 +1,62 @@
+"""The table of kinds: what each is, what it can be told, and what reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from armillary.data.importers import embedded as ships
+from armillary.data.importers import options as o
+from armillary.data.importers.contents import Contents, Progress
+from armillary.data.importers.face_bins import read_face_bin
+from armillary.data.importers.folder import read_folder, read_lfw
+from armillary.data.importers.idx import read_idx
+from armillary.data.importers.ijb import read_ijb
+from armillary.data.importers.npz import read_npz
+from armillary.data.importers.parquet import read_parquet
+from armillary.data.importers.recordio import read_recordio
+from armillary.data.importers.tables import read_captions_csv, read_pairs_csv
+from armillary.data.importers.webdataset import read_webdataset
+from armillary.data.store import Dataset
+
+
+@dataclass(frozen=True)
+class Importer:
+    """One kind of source.
+
+    ``embedded`` ones need no source and import by themselves on first use, under their own name: ``make`` does it. The
+    others are read by ``read``, which is given a :class:`~armillary.data.importers.source.Source` and ``options``.
+    """
+
+    summary: str
+    options: type[o.Options] = o.Options
+    # Any: each reader takes its own options.
+    read: Callable[[Any, Any], Contents] | None = None
+    make: Callable[[str, Path | None, Progress], Dataset] | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it needs no source."""
+        return self.make is not None
+
+
+IMPORTERS: dict[str, Importer] = {
+    "orl": Importer("40 people x 10 grey photographs, 112 x 92 px (AT&T Laboratories Cambridge)", make=ships.orl),
+    "digits": Importer("1,797 handwritten digits, 8 x 8 px (shipped with scikit-learn)", make=ships.digits),
+    "fashion-mnist": Importer(
+        "70,000 pictures of clothes, 28 x 28 px (Debian's dataset-fashion-mnist)", make=ships.fashion_mnist
+    ),
+    "folder": Importer("a folder of images with one subfolder a class", o.ImageOptions, read_folder),
+    "recordio": Importer("InsightFace's .rec and .idx: MS1MV3, Glint360K", o.ImageOptions, read_recordio),
+    "bin": Importer("InsightFace's verification .bin: LFW, AgeDB-30, CFP-FP", o.ImageOptions, read_face_bin),
+    "lfw": Importer("people's folders with pairs.txt or pairsDevTest.txt", o.LfwOptions, read_lfw),
+    "ijb": Importer("IJB-B or IJB-C: crops, templates and comparisons", o.IjbOptions, read_ijb),
+    "webdataset": Importer("tar shards: .jpg with .cls, .json or .txt", o.WebDatasetOptions, read_webdataset),
+    "parquet": Importer("any Parquet with a column of images", o.ParquetOptions, read_parquet),
+    "idx": Importer("MNIST's IDX files, plain or gzipped", o.IdxOptions, read_idx),
+    "pairs-csv": Importer("a CSV of image pairs: first, second, same", o.PairsCsvOptions, read_pairs_csv),
+    "captions-csv": Importer("a CSV of images and captions", o.CaptionsCsvOptions, read_captions_csv),
+    "npz": Importer("a NumPy archive of images and labels", o.NpzOptions, read_npz),
+}
