@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,11 +35,16 @@ from armillary.data.streaming import StoredImages
 from armillary.spec.errors import UserError
 from armillary.spec.jobs import DataSpec
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 HELD_OUT_CLASSES = 0.3
 SAMPLE_FOLDS = 5
 MAX_SIDE = 4096
 # Decoded bytes up to which ``load: auto`` keeps a dataset in memory.
 MEMORY_LIMIT = 4 * 2**30
+# What protocols compare by, where a dataset brings it: see armillary.evaluation.tables.
+EVALUATION_TABLES = ("pairs", "templates", "matches")
 # Part of the fingerprint: change it with any rule above.
 _RULE = "folds-1"
 _CLASS_ORDER, _SAMPLE_ORDER, _NOISE = 1, 2, 3
@@ -82,7 +87,8 @@ class PreparedData:
     Training labels count from 0 to ``num_classes - 1``. Evaluation labels do too when classes are shared (``sample``);
     in the open set (``identity``) they are the dataset's own class numbers. ``fingerprint`` covers the content, the
     kind of split, ``holdout``, the image size and the label noise; not the fold and not the seed, over which results
-    are averaged.
+    are averaged. ``tables`` are those of :data:`EVALUATION_TABLES` that the dataset has, whole: rows are positions in
+    the dataset, as in ``index``.
     """
 
     train: ImageSet
@@ -91,6 +97,7 @@ class PreparedData:
     fingerprint: str
     name: str
     fold: int
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
 
 
 def prepare(
@@ -117,7 +124,7 @@ def prepare(
         train_rows, held_out = _by_sample(everything, spec.fold, spec.holdout == "validation")
     if not streams(spec, source):
         check_memory(source)
-        everything = replace(everything, images=ArrayImages(pixels(source), everything.index))
+        everything = replace(everything, images=ArrayImages(pixels(source), everything.index, source.key))
     train, evaluation = everything.select(train_rows), everything.select(held_out)
     classes = torch.unique(train.label)
     train = replace(train, label=torch.searchsorted(classes, train.label))
@@ -134,7 +141,27 @@ def prepare(
         "label_noise": spec.label_noise,
     }
     fingerprint = hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()
-    return PreparedData(train, evaluation, len(classes), fingerprint, dataset.name, spec.fold)
+    return PreparedData(
+        train, evaluation, len(classes), fingerprint, dataset.name, spec.fold, evaluation_tables(dataset)
+    )
+
+
+def whole(spec: DataSpec) -> tuple[ImageSet, dict[str, pa.Table]]:
+    """All of a dataset, undivided, for judging an encoder that never saw it; and its evaluation tables.
+
+    Pixels stay in the store and are decoded as they are asked for. Labels are the dataset's own class numbers.
+
+    Raises:
+        UserError: no such dataset, or images of several sizes without ``image_size``.
+    """
+    dataset = ensure_dataset(spec.name)
+    source, columns = _open(dataset, spec.image_size)
+    return _stored(source, columns, spec), evaluation_tables(dataset)
+
+
+def evaluation_tables(dataset: Dataset) -> dict[str, pa.Table]:
+    """The tables that protocols compare by, of those the dataset has."""
+    return {name: dataset.table(name) for name in EVALUATION_TABLES if name in dataset.manifest.tables}
 
 
 def streams(spec: DataSpec, source: PixelSource) -> bool:
