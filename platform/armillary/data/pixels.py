@@ -102,13 +102,14 @@ class ArrayImages:
     Args:
         array: uint8 ``(M, C, H, W)``, all images of the dataset.
         rows: ``(N,)`` int64, which of them.
+        key: of the source the array was decoded from.
     """
 
     dtype = torch.uint8
     ndim = 4
 
-    def __init__(self, array: NDArray[np.uint8], rows: Tensor) -> None:
-        self.array, self.rows = array, rows
+    def __init__(self, array: NDArray[np.uint8], rows: Tensor, key: str) -> None:
+        self.array, self.rows, self.key = array, rows, key
 
     @property
     def shape(self) -> torch.Size:
@@ -124,7 +125,7 @@ class ArrayImages:
 
     def select(self, rows: Tensor) -> ArrayImages:
         """The images at those positions."""
-        return ArrayImages(self.array, self.rows[rows])
+        return ArrayImages(self.array, self.rows[rows], self.key)
 
 
 def mean_image(images: Any, chunk: int = 1024) -> Tensor:

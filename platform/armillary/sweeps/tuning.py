@@ -201,6 +201,7 @@ def _search(
     storage, url, told = _open_study(job, sweep_id)
     result = SweepResult(sweep_id=sweep_id, study=sweep_id, storage=url, metric=job.metric, direction=job.direction)
     if told < job.trials:
+        pool.share(ready.data)
         _tune(job, base, space, ready.data.fingerprint, sweep_id, pool, (storage, told), on_report)
     result = result.model_copy(update=_summary(job, base, sweep_id, on_finish))
     write_atomically(sweeps_dir() / sweep_id / "result.json", result.model_dump_json(indent=2))

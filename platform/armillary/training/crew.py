@@ -1,7 +1,7 @@
 """Crews: warm Ray Train worker groups that take one run after another from a desk.
 
 Starting a worker group costs many seconds (processes, imports, rendezvous); a crew pays once. Each run starts from a
-clean slate: fresh seeds, modules and engine; data is loaded once a process and kept.
+clean slate: fresh seeds, modules and engine; data is loaded once by the driver and shared through the object store.
 
 ::
 
@@ -10,7 +10,6 @@ clean slate: fresh seeds, modules and engine; data is loaded once a process and 
 
 from __future__ import annotations
 
-import functools
 import gc
 import secrets
 import threading
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from armillary import collectives
-from armillary.data.splits import PreparedData, prepare
+from armillary.data.splits import PreparedData
 from armillary.spec.home import home
-from armillary.spec.jobs import DataSpec, TrainJob
+from armillary.spec.jobs import TrainJob
 from armillary.training.api import OnReport, Submission
 from armillary.training.desk import NAMESPACE, Desk, settle
 from armillary.training.launch import enter_worker, innermost, make_trainer
@@ -32,6 +31,7 @@ from armillary.training.preflight import check_capacity, local_capacity, plan
 from armillary.training.records import create_run
 from armillary.training.rundir import RunDirectory, RunRecord
 from armillary.training.session import ray_session
+from armillary.training.sharing import Prepare, Shelf, remembering_prepare
 
 _IDLE_SECONDS = 0.1
 
@@ -44,6 +44,15 @@ class CrewPool:
 
     def __init__(self, desk: str, crews: int) -> None:
         self.desk, self.crews = desk, crews
+        self._shelf = Shelf()
+
+    def share(self, data: PreparedData) -> None:
+        """Offers a dataset to the crews through the object store, so that none of them has to load it."""
+        import ray
+
+        self._shelf.offer(data)
+        desk: Any = ray.get_actor(self.desk, namespace=NAMESPACE)
+        ray.get(desk.offer.remote(self._shelf.references))
 
     def run_all(
         self,
@@ -58,12 +67,7 @@ class CrewPool:
         """
         import ray
 
-        load = remembering_prepare()
-        plans = [plan(item.job, prepared=load) for item in submissions]
-        runs = [
-            create_run(item.job, ready.data.fingerprint, group=item.group, variant=item.variant)
-            for ready, item in zip(plans, submissions, strict=True)
-        ]
+        runs = self._checked(submissions)
         desk: Any = ray.get_actor(self.desk, namespace=NAMESPACE)
         positions = {
             ray.get(desk.submit.remote(str(run.path), item.job)): at
@@ -88,6 +92,18 @@ class CrewPool:
                 runs[positions[run_id]].update(status="stopped", error="interrupted")
             raise
         return [run.record() for run in runs]
+
+    def _checked(self, submissions: Sequence[Submission]) -> list[RunDirectory]:
+        """Run folders for jobs that can all run; their data is with the crews, and no longer in this process."""
+        load = remembering_prepare()
+        plans = [plan(item.job, prepared=load) for item in submissions]
+        runs = [
+            create_run(item.job, ready.data.fingerprint, group=item.group, variant=item.variant)
+            for ready, item in zip(plans, submissions, strict=True)
+        ]
+        for ready in plans:
+            self.share(ready.data)
+        return runs
 
 
 @contextmanager
@@ -149,23 +165,13 @@ class _Crew(threading.Thread):
             ray.get(desk.crew_lost.remote(self.number, f"the crew was lost: {innermost(error)}"))
 
 
-def remembering_prepare() -> Callable[..., PreparedData]:
-    """A ``prepare`` that loads the same data once; seeds matter only under label noise."""
-
-    @functools.lru_cache(maxsize=8)
-    def cached(spec: DataSpec, seed: int) -> PreparedData:
-        return prepare(spec, seed=seed)
-
-    return lambda spec, *, seed: cached(spec, seed if spec.label_noise else 0)
-
-
 def _serve(config: dict[str, Any]) -> None:
     """What each worker of a crew runs: rank 0 fetches runs from the desk, all train them."""
     import ray
 
     desk = ray.get_actor(config["desk"], namespace=NAMESPACE)
     enter_worker(config, config["template"])
-    load = remembering_prepare()
+    load = remembering_prepare(lambda: ray.get(desk.offered.remote()))
     leads = collectives.rank() == 0
     while True:
         order: Any = collectives.broadcast_object(ray.get(desk.next.remote(config["crew"])) if leads else None)
@@ -182,7 +188,7 @@ def _serve(config: dict[str, Any]) -> None:
         gc.collect()
 
 
-def _one(desk: Any, run: RunDirectory, job: TrainJob, load: Callable[..., PreparedData]) -> str | None:
+def _one(desk: Any, run: RunDirectory, job: TrainJob, load: Prepare) -> str | None:
     import ray
 
     def report(step: int, metrics: Mapping[str, float], _: Path | None) -> Literal["continue", "stop"]:

@@ -32,6 +32,15 @@ class Desk:
         self._tasks: OrderedDict[str, _Task] = OrderedDict()
         self._waiting: deque[str] = deque()
         self._open = True
+        self._offered: dict[str, Any] = {}
+
+    def offer(self, references: dict[str, Any]) -> None:
+        """Tells crews of datasets in the object store, by content."""
+        self._offered |= references
+
+    def offered(self) -> dict[str, Any]:
+        """The datasets that crews need not load themselves."""
+        return self._offered
 
     def submit(self, run: str, job: TrainJob) -> str:
         """Queues a run (its folder's path); returns its run id."""

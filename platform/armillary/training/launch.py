@@ -16,10 +16,11 @@ from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import dump_job, load_job
 from armillary.training.api import OnReport
 from armillary.training.loop import execute
-from armillary.training.preflight import check_capacity, plan
+from armillary.training.preflight import Plan, check_capacity, plan
 from armillary.training.records import create_run
 from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
 from armillary.training.session import ray_session
+from armillary.training.sharing import References, Shelf, remembering_prepare
 
 CHECKPOINTS = "checkpoints"
 _POLL_SECONDS = 0.2
@@ -55,12 +56,16 @@ def run_job(
     with ray_session(job.cluster.address) as capacity:
         check_capacity(job, capacity)
         run = resume or create_run(job, ready.data.fingerprint, group=group, variant=variant)
+        shelf = Shelf()
+        shelf.offer(ready.data)
+        # The workers read the object store's copy; this process needs none of its own.
+        del ready
         if resume:
             with run.claimed():
                 write_atomically(run.path / "job.yaml", dump_job(job))
         if on_start:
             on_start(run)
-        thread = _Fit(job, run)
+        thread = _Fit(job, run, shelf.references)
         thread.start()
         try:
             _follow(run, thread, on_report)
@@ -78,9 +83,9 @@ def run_job(
 class _Fit(threading.Thread):
     """Ray Train blocks while it trains; a thread keeps the main one free for progress and Ctrl-C."""
 
-    def __init__(self, job: TrainJob, run: RunDirectory) -> None:
+    def __init__(self, job: TrainJob, run: RunDirectory, pixels: References) -> None:
         super().__init__(name="ray-train", daemon=True)
-        self.job, self.run_directory = job, run
+        self.job, self.run_directory, self.pixels = job, run, pixels
         self.problem: str | None = None
 
     def run(self) -> None:
@@ -88,7 +93,7 @@ class _Fit(threading.Thread):
 
         trainer = make_trainer(
             _work,
-            {"run": str(self.run_directory.path), "job": self.job},
+            {"run": str(self.run_directory.path), "job": self.job, "pixels": self.pixels},
             self.job,
             RunConfig(
                 name=CHECKPOINTS,
@@ -167,13 +172,16 @@ def _work(config: dict[str, Any]) -> None:
         train.report(dict(metrics), checkpoint=checkpoint, checkpoint_dir_name=name)
         return "continue"
 
+    def load_plan() -> Plan:
+        return plan(job, prepared=remembering_prepare(lambda: config["pixels"]), capacity=_ENOUGH)
+
     stored = train.get_checkpoint()
     run = RunDirectory(Path(config["run"]))
     if stored is None:
-        execute(lambda: plan(job, capacity=_ENOUGH), run, report)
+        execute(load_plan, run, report)
         return
     with stored.as_directory() as folder:
-        execute(lambda: plan(job, capacity=_ENOUGH), run, report, Path(folder))
+        execute(load_plan, run, report, Path(folder))
 
 
 # The driver has checked the job against the cluster; a worker sees only its own node.

@@ -41,6 +41,7 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
     # Set here, they reach the processes of a cluster started below; a running one is sent them.
     for key, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if address == "local" else {})).items():
         os.environ.setdefault(key, value)
+    import psutil
     import ray
 
     if ray.is_initialized():
@@ -52,7 +53,8 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
         else {
             "include_dashboard": False,
             "num_cpus": cpus or os.cpu_count(),
-            "object_store_memory": 512 * 1024**2,
+            # Taken only as it is filled; a dataset of ``data.load: memory`` must fit in.
+            "object_store_memory": max(512 * 2**20, int(0.3 * psutil.virtual_memory().total)),
         }
     )
     try:
