@@ -15,7 +15,7 @@ __all__ = ["Canvas", "above", "below", "ellipse"]
 
 
 class Canvas:
-    """Colours ``(3, ...)`` and the light that falls on them ``(...)``; ``...`` is ``(n, pixels)`` or, of a zone, ``(m,)``.
+    """Colours ``(3, ...)`` and the light on them ``(...)``; ``...`` is ``(n, pixels)`` or, of a zone, ``(m,)``.
 
     Colour and light are kept apart until the end: what is painted over something takes its own light along, or, lying
     flat on it, keeps the light that is there.

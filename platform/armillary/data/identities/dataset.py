@@ -42,6 +42,8 @@ EMBEDDED = {
     "identities": IdentitiesSpec(sets=4, graph=True),
     "identities_small": IdentitiesSpec(identities=64, images_per_identity=12, size=32, sets=4, graph=True),
 }
+# Part of what a killed generation is known by: change it with anything that changes a pixel or a column.
+_VERSION = "identities-1"
 # Values of one colour that are worked on at once: they stay in a core's second-level cache.
 _BLOCK_VALUES = 65_536
 # Pictures whose parameters are drawn at once.
@@ -100,7 +102,7 @@ def render_identity_frames(spec: IdentitiesSpec, identity: int, frames: int) -> 
 
 
 def make_identities(name_or_path: str, spec: IdentitiesSpec, progress: Progress | None = None) -> Dataset:
-    """Generates a data set into the store; memory holds one shard.
+    """Generates a data set into the store; memory holds one row group. A killed generation goes on when repeated.
 
     Args:
         name_or_path: a name in the store, a local path or an ``s3://`` URL.
@@ -114,19 +116,20 @@ def make_identities(name_or_path: str, spec: IdentitiesSpec, progress: Progress 
         raise UserError(f"dataset {name_or_path!r} exists already", hint="delete it or use another name")
     roll = call_roll(spec)
 
-    def counted() -> Iterator[Record]:
-        for done, record in enumerate(records(spec), start=1):
+    def counted(start: int) -> Iterator[Record]:
+        for done, record in enumerate(records(spec, start), start=start + 1):
             yield record
             if progress is not None:
                 progress(done, len(roll.person))
 
     return write_dataset(
         name_or_path,
-        counted(),
+        counted,
         class_names=roll.class_names,
         columns=COLUMNS,
         credit=f"procedural faces of Armillary: {spec.model_dump_json()}",
         licence="CC0 1.0; nobody is shown",
+        identity=f"{_VERSION} {spec.model_dump_json()}",
         tables={"graph": similarity_graph(spec)} if spec.graph else None,
     )
 

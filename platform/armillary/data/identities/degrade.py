@@ -21,7 +21,7 @@ _TABLE = 2**20
 
 @lru_cache(maxsize=512)
 def _operator(size: int, resolution: int, blur: float) -> Floats:
-    """``size x size``: Gaussian blur of ``blur * size`` pixels, area averages on ``resolution`` cells, linear upsampling."""
+    """``size x size``: Gaussian blur of ``blur * size`` pixels, means over ``resolution`` cells, linear upsampling."""
     at = np.arange(size, dtype=np.float64)
     matrix = np.eye(size)
     if blur > 0:

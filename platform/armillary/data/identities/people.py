@@ -94,9 +94,9 @@ def _variates(purpose: int, seed: int, numbers: Ints) -> NDArray[np.float64]:
 def vectors(spec: IdentitiesSpec, numbers: Ints) -> NDArray[np.float64]:
     """Identity vectors ``(n, DIMENSIONS)``, mean 0 and variance 1 over people, of the people of those numbers.
 
-    At difficulty d relatives share ``0.3 + 0.4 d`` of the variance.
+    At difficulty d relatives share ``0.2 + 0.4 d`` of the variance.
     """
-    shared = 0.3 + 0.4 * spec.difficulty
+    shared = 0.2 + 0.4 * spec.difficulty
     own = _variates(_OWN, spec.seed, numbers)
     family = _variates(_FAMILY, spec.seed, numbers // FAMILY)
     return np.sqrt(1 - shared) * own + np.sqrt(shared) * family  # type: ignore[no-any-return]
@@ -124,7 +124,8 @@ def traits(spec: IdentitiesSpec, numbers: Ints) -> Traits:
     def f(values: NDArray[np.float64]) -> Floats:
         return values.astype(np.float32)
 
-    hair_at = np.clip(5 * _share(z[:, 18]) - 0.5, 0, 4)
+    hair_at = np.interp(_share(z[:, 18]), [0, 0.3, 0.62, 0.72, 0.9, 1], [-0.4, 0.5, 1.5, 2.5, 3.5, 4.4])
+    hair_at = np.clip(hair_at, 0, 4)
     hair_color = np.rint(hair_at).astype(np.int64)
     # Half way to the palette's entry: two redheads are alike but not the same.
     hair = _palette(HAIR, hair_color + 0.6 * (hair_at - hair_color)) * (1 + 0.12 * np.clip(s[:, 19:20], -2, 2))

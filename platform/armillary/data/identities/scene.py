@@ -122,7 +122,7 @@ def _muted(u: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _scenes(spec: IdentitiesSpec, u: NDArray[np.float64], grain: Ints) -> Scenes:
     hard = spec.difficulty
-    reach = min(1.0, 0.3 + 1.4 * hard)
+    reach = min(1.0, 0.25 + 1.25 * hard)
 
     def f(values: NDArray[np.float64]) -> Floats:
         return values.astype(np.float32)
@@ -145,7 +145,7 @@ def _scenes(spec: IdentitiesSpec, u: NDArray[np.float64], grain: Ints) -> Scenes
         mouth_open=f(np.clip(2.2 * u[:, 7] - 1.2, 0, 1) * (0.4 + 0.6 * reach)),
         brow_raise=f(_bent(u[:, 8])),
         light=f(np.stack(light, axis=1)),
-        ambient=f(0.60 - 0.35 * reach * u[:, 11]),
+        ambient=f(0.65 - 0.32 * reach * u[:, 11]),
         intensity=f(1.05 - 0.65 * reach * u[:, 12] ** 2),
         cast=f(1 + 0.16 * reach * (2 * u[:, 14:17] - 1)),
         background=f(_muted(u[:, 17:20])),
