@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,18 @@ from armillary import collectives
 from armillary.objectives import Batch, Objective
 from armillary.spec.errors import UserError
 from armillary.spec.jobs import OptimizerSpec, TrainJob
+from armillary.training.head_rows import HeadRows
+from armillary.training.optimizers import optimizer_over
 from armillary.training.shards import ShardReader, write_shard
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and kernels decay; biases, norms and scalars do not."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(module: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
     """The job's optimizer over the module's trainable parameters."""
-    groups = parameter_groups(module, spec.weight_decay)
-    if spec.name == "sgd":
-        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
-    cls = torch.optim.AdamW if spec.name == "adamw" else torch.optim.Adam
-    return cls(groups, lr=spec.lr, betas=spec.betas)
+    return optimizer_over(module.parameters(), spec)
+
+
+# Stands for a module that DeepSpeed does not know and that is using parameters.
+_READER = -1
 
 
 @dataclass
@@ -68,6 +61,8 @@ def _quiet_deepspeed() -> Any:
 class Engine:
     """Trains one objective; every worker holds one. Stage, precision, clipping and accumulation come from the job.
 
+    The rows of class heads are split over the workers and trained beside DeepSpeed (:mod:`training.head_rows`).
+
     Args:
         objective: the whole training graph; its parameters are taken over (and sharded at stage 3).
         job: the resolved job.
@@ -83,12 +78,15 @@ class Engine:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in objective.named_parameters()}
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        objective.to(device)
+        self._rows = HeadRows(objective, job)
         self._engine, *_ = deepspeed.initialize(
-            model=objective.to(device),
+            model=objective,
             optimizer=make_optimizer(objective, job.optimizer),
             config=self._settings(),
             dist_init_required=False,
         )
+        self._rows.join_norms(self._engine)
         self.objective = objective
 
     def _settings(self) -> dict[str, Any]:
@@ -118,6 +116,7 @@ class Engine:
             self._engine.step()
             for name, value in {"loss": output.loss, **output.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().float() / len(batches)
+        self._rows.step(lr, applied=self._engine.was_step_applied())
         return totals
 
     def encoder_copy(self, template: nn.Module) -> nn.Module:
@@ -131,6 +130,25 @@ class Engine:
             for name, target in template.state_dict().items():
                 target.copy_(state[name])
         return template
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Within it the objective's modules may be called one by one, by some workers more often than by others.
+
+        At stage 3 every worker holds all parameters whole meanwhile, to read: what is written to them is lost.
+        """
+        import deepspeed
+
+        sharded: list[Any] = [p for p in self.objective.parameters() if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+            # DeepSpeed's hooks drop a parameter after each module's forward pass, unless another module is using it.
+            for parameter in sharded:
+                parameter.ds_active_sub_modules.add(_READER)
+            try:
+                yield
+            finally:
+                for parameter in sharded:
+                    parameter.ds_active_sub_modules.discard(_READER)
 
     def close(self) -> None:
         """Frees the engine's hooks and buffers, so that another run can start in this process."""
@@ -147,8 +165,7 @@ class Engine:
         # DeepSpeed hangs attributes of its own on parameters; Any lets the type checker pass.
         parameters: dict[str, Any] = dict(self.objective.named_parameters())
         optimizer = self._engine.optimizer
-        for name in self.names:
-            parameter = parameters[name]
+        for name, parameter in parameters.items():
             if not parameter.requires_grad:
                 yield self._frozen(name, parameter, share)
             elif self.stage == 0:
@@ -180,6 +197,7 @@ class Engine:
             slices["param", fragment.name, fragment.start] = fragment.master
             for key, value in fragment.state.items():
                 slices[key, fragment.name, fragment.start] = value
+        slices.update(self._rows.slices())
         if collectives.rank() == 0:
             for name, value in self.objective.named_buffers():
                 slices["buffer", name, 0] = value.reshape(-1)
@@ -208,6 +226,7 @@ class Engine:
                 )
                 target.copy_(value)
         self._spread(reader)
+        self._rows.load(reader)
         for name, buffer in self.objective.named_buffers():
             buffer.copy_(reader.whole("buffer", name).view(buffer.shape))
 
@@ -221,7 +240,7 @@ class Engine:
             )
         for name in self.names:
             size = math.prod(self.shapes[name])
-            if reader.whole("param", name).numel() != size:
+            if reader.length("param", name) != size:
                 raise UserError(f"the checkpoint is of another model: {name} has another size than {self.shapes[name]}")
 
     def _make_optimizer_state(self, reader: ShardReader) -> None:
@@ -233,8 +252,8 @@ class Engine:
             state = torch_optimizer.state[owner]
             for key in reader.kinds(name):
                 if key not in {"param", "buffer"} and key not in state:
-                    whole = reader.whole(key, name)
-                    state[key] = whole.clone() if whole.ndim == 0 else torch.zeros_like(owner)
+                    scalar = reader.length(key, name) is None
+                    state[key] = reader.whole(key, name).clone() if scalar else torch.zeros_like(owner)
 
     def _state_owners(self) -> list[tuple[Tensor, str]]:
         """The tensors that key the optimizer's state, each with a parameter that lives in it."""

@@ -22,7 +22,7 @@ from armillary.components.normalization import convert_batch_norm
 from armillary.data.loader import Batches
 from armillary.evaluation import suite
 from armillary.evaluation.result import ProtocolResult
-from armillary.objectives import Batch
+from armillary.objectives import Batch, Objective
 from armillary.spec.errors import UserError
 from armillary.spec.loading import digest
 from armillary.training.engine import Engine
@@ -139,7 +139,9 @@ def _train_epoch(engine: Engine, batches: Batches, plan: Plan, epoch: int) -> di
     torch.manual_seed((job.seed * 1_000_003 + epoch) * 65_537 + collectives.rank())
     engine.objective.train()
     engine.objective.epoch = epoch
-    engine.objective.before_epoch(epoch, batches.samples)
+    if type(engine.objective).before_epoch is not Objective.before_epoch:
+        with engine.whole_parameters():
+            engine.objective.before_epoch(epoch, batches.samples)
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=engine.device))
     steps = batches.steps_per_epoch
     lr = 0.0
