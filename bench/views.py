@@ -51,7 +51,7 @@ def photographs(count: int, size: int) -> Tensor:
 
 def lightly_transform(size: int) -> Any:
     """The transform of one image to a list of two views; without the normalisation, which ours has not."""
-    from lightly.transforms import SimCLRTransform
+    from lightly.transforms.simclr_transform import SimCLRTransform
 
     return SimCLRTransform(input_size=size, normalize=None)
 
@@ -222,7 +222,7 @@ def compare_pixels(count: int, size: int = 64) -> None:
         )
 
 
-def picture(path: Path, columns: int = 8, size: int = 72, rows: int = 3) -> None:
+def picture(path: Path, columns: int = 8, size: int = 64, rows: int = 3) -> None:
     """Writes originals (top), our views of them, and lightly's (bottom)."""
     images = photographs(columns, size)
     stream, transform = ours(images), lightly_transform(size).transforms[0]
@@ -236,7 +236,7 @@ def picture(path: Path, columns: int = 8, size: int = 72, rows: int = 3) -> None
             tile = Image.fromarray((view * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
             sheet.paste(tile, (4 + column * (size + 4), top))
         top += size + (12 if number in (0, rows) else 4)
-    sheet.quantize(256).save(path, optimize=True)
+    sheet.save(path, optimize=True)
     print(f"\nwrote {path}: originals, {rows} rows of ours, {rows} rows of lightly's")
 
 

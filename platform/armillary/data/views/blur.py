@@ -27,29 +27,25 @@ def draw_blur(recipe: Recipe, keys: Tensor) -> dict[str, Tensor]:
 def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
     """Every image blurred with its own ``sigma (B,)`` > 0 in pixels; edges are mirrored.
 
-    Kernels reach :data:`REACH` sigmas, and less where the image is smaller. One grouped convolution along each axis
-    does all samples; shorter kernels than the longest are filled up with zeros.
+    Kernels reach :data:`REACH` sigmas, and less where the image is smaller. Every step adds two opposite taps of all
+    samples; shorter kernels than the longest are filled up with zeros. (A grouped convolution takes as long once it is
+    compiled, but oneDNN compiles it anew for every number of samples.)
     """
-    batch, channels, height, width = pixels.shape
     radius = max(1, math.ceil(REACH * float(sigma.max())))
-    for axis, side in ((2, height), (3, width)):
+    for axis in (2, 3):
+        side = pixels.shape[axis]
         reach = min(radius, side - 1)
-        if not reach:
-            continue
-        offset = torch.arange(-reach, reach + 1, device=pixels.device)
-        own_reach = (sigma * REACH).ceil()[:, None]
-        kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2) * (offset.abs() <= own_reach)
-        kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
-        shape = (-1, 1, offset.numel(), 1) if axis == 2 else (-1, 1, 1, offset.numel())
+        taps = torch.arange(reach + 1, device=pixels.device)[:, None]
+        kernel = torch.exp(-0.5 * (taps / sigma) ** 2) * (taps <= (sigma * REACH).ceil())
+        kernel = (kernel / (2 * kernel.sum(dim=0) - kernel[0])).view(reach + 1, -1, 1, 1, 1)
         padding = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
-        padded = F.pad(pixels, padding, mode="reflect").view(1, batch * channels, *_padded_size(pixels, padding))
-        pixels = F.conv2d(padded, kernel.view(shape), groups=batch * channels).view(batch, channels, height, width)
+        padded = F.pad(pixels, padding, mode="reflect") if reach else pixels
+        pixels = padded.narrow(axis, reach, side) * kernel[0]
+        for tap in range(1, reach + 1):
+            pixels.addcmul_(
+                padded.narrow(axis, reach - tap, side) + padded.narrow(axis, reach + tap, side), kernel[tap]
+            )
     return pixels
-
-
-def _padded_size(pixels: Tensor, padding: tuple[int, int, int, int]) -> tuple[int, int]:
-    left, right, above, below = padding
-    return pixels.shape[2] + above + below, pixels.shape[3] + left + right
 
 
 def draw_resolution(recipe: Recipe, keys: Tensor) -> dict[str, Tensor]:
@@ -68,7 +64,9 @@ def low_resolution(pixels: Tensor, factor: Tensor, keys: Tensor, deviation: floa
     (shrink_h, grow_h), (shrink_w, grow_w) = (_shrink_and_grow(side, factor) for side in (height, width))
     small = separable(pixels, shrink_h, shrink_w)
     if deviation:
-        small = small.add_(noise(keys, small[0].numel()).view(small.shape), alpha=deviation).clamp_(0, 1)
+        # Every place of the full image has its noise, so that none depends on how large the largest small image is.
+        everywhere = noise(keys, pixels[0].numel()).view(pixels.shape)
+        small = small.add_(everywhere[..., : small.shape[2], : small.shape[3]], alpha=deviation).clamp_(0, 1)
     return separable(small, grow_h, grow_w)
 
 

@@ -131,15 +131,16 @@ def _turn_hue(flat: Tensor, shift: Tensor) -> None:
 def gray(pixels: Tensor, rows: Tensor) -> None:
     """Replaces the samples in ``rows`` by their luma, in place."""
     if pixels.shape[1] == 3 and len(rows):
-        chosen = pixels[rows]
-        pixels[rows] = torch.einsum("bchw,c->bhw", chosen, chosen.new_tensor(LUMA))[:, None].expand_as(chosen)
+        chosen = pixels.index_select(0, rows)
+        luma = LUMA[0] * chosen[:, 0] + LUMA[1] * chosen[:, 1] + LUMA[2] * chosen[:, 2]
+        pixels.index_copy_(0, rows, luma[:, None].expand_as(chosen))
 
 
 def solarize(pixels: Tensor, rows: Tensor, threshold: float) -> None:
     """Inverts the values of the samples in ``rows`` that are at least ``threshold``, in place."""
     if len(rows):
-        chosen = pixels[rows]
-        pixels[rows] = torch.where(chosen >= threshold, 1 - chosen, chosen)
+        chosen = pixels.index_select(0, rows)
+        pixels.index_copy_(0, rows, torch.where(chosen >= threshold, 1 - chosen, chosen))
 
 
 def noise(keys: Tensor, size: int) -> Tensor:

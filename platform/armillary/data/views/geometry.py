@@ -102,11 +102,8 @@ def sample(images: Tensor, drawn: dict[str, Tensor], recipe: Recipe) -> Tensor:
     pixels = images.to(torch.float32).mul_(1 / 255)
     height, width = pixels.shape[-2:]
     size = output_size(recipe, height, width)
-    box = drawn["box"]
-    if recipe.turns != "none":
-        box = _central_square(box, height, width)
     if not recipe.rotation and (size < (height, width) or recipe.interpolation == "bicubic"):
-        x0, y0, x1, y1 = box.unbind(1)
+        x0, y0, x1, y1 = drawn["box"].unbind(1)
         mirrored = drawn["flip"] > 0
         left, right = torch.where(mirrored, x1, x0), torch.where(mirrored, x0, x1)
         down = filter_matrix(y0, y1, height, size[0], recipe.interpolation)
@@ -114,7 +111,7 @@ def sample(images: Tensor, drawn: dict[str, Tensor], recipe: Recipe) -> Tensor:
         return separable(pixels, down, across).clamp_(0, 1)
     if size == (height, width) and _stays(recipe):
         return pixels
-    theta = affine({**drawn, "box": box}, height, width)
+    theta = affine(drawn, height, width)
     return F.grid_sample(pixels, grid(theta, *size), mode="bilinear", padding_mode="border", align_corners=False)
 
 
@@ -123,7 +120,7 @@ def _stays(recipe: Recipe) -> bool:
     return whole and not (recipe.flip or recipe.rotation or recipe.zoom or recipe.shift)
 
 
-def _central_square(box: Tensor, height: int, width: int) -> Tensor:
+def central_square(box: Tensor, height: int, width: int) -> Tensor:
     """The largest square around the centre of every box: a turned oblong would show by its shape how it was turned."""
     centre, half = (box[:, 2:] + box[:, :2]) / 2, (box[:, 2:] - box[:, :2]) / 2
     sides = half.new_tensor([width, height])
@@ -143,7 +140,7 @@ def filter_matrix(start: Tensor, end: Tensor, size_in: int, size_out: int, kind:
     centre = start[:, None] * size_in + step[:, None] * at
     inputs = torch.arange(size_in, device=start.device) + 0.5
     # An output pixel that looks beyond the edge sees the border pixel.
-    centre = centre.clamp(0.5, size_in - 0.5)
+    centre = centre.clamp(0, size_in)
     width = step.abs().clamp_min(1)[:, None, None]
     x = ((inputs - centre[..., None]) / width).abs_()
     if kind == "bicubic":
@@ -166,5 +163,5 @@ def turned(pixels: Tensor, turns: Tensor) -> Tensor:
     result = pixels.clone()
     for quarter in range(1, 4):
         rows = (turns == quarter).nonzero()[:, 0]
-        result[rows] = torch.rot90(pixels[rows], quarter, (2, 3))
+        result.index_copy_(0, rows, torch.rot90(pixels.index_select(0, rows), quarter, (2, 3)))
     return result

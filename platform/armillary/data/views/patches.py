@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import cache
 
@@ -14,8 +13,8 @@ from armillary.components.counter import key, mix, uniforms
 from armillary.data.views.recipes import Recipe
 
 _ORDERS = 13
-# All orders of up to nine tiles are looked at, of sixteen as many drawn ones.
-_CANDIDATES = 362_880
+# All orders of up to nine tiles are looked at, of sixteen so many drawn ones.
+_CANDIDATES, _DRAWN = 362_880, 50_000
 
 
 @cache
@@ -42,13 +41,13 @@ def permutations(tiles: int, count: int) -> Tensor:
 
 
 def _candidates(number: int) -> np.ndarray[tuple[int, int], np.dtype[np.int8]]:
-    total = math.factorial(number)
-    if total > _CANDIDATES:
-        drawn = uniforms(mix(torch.arange(_CANDIDATES) + key(_ORDERS, number)), number).argsort(dim=1, stable=True)
-        return np.unique(drawn.numpy().astype(np.int8), axis=0)
-    flat = itertools.chain.from_iterable(itertools.permutations(range(number)))
-    orders = np.fromiter(flat, dtype=np.int8, count=total * number).reshape(total, number)
-    shuffle = mix(torch.arange(total) + key(_ORDERS, number)).argsort().numpy()
+    if math.factorial(number) > _CANDIDATES:
+        drawn = uniforms(mix(torch.arange(_DRAWN) + key(_ORDERS, number)), number)
+        return drawn.argsort(dim=1, stable=True).numpy().astype(np.int8)
+    orders = np.zeros((1, 1), dtype=np.int8)
+    for tile in range(1, number):
+        orders = np.concatenate([np.insert(orders, place, tile, axis=1) for place in range(tile + 1)])
+    shuffle = mix(torch.arange(len(orders)) + key(_ORDERS, number)).argsort().numpy()
     return np.take(orders, shuffle, axis=0)
 
 

@@ -6,6 +6,7 @@ same whatever else is in the batch, on any worker and after a resume.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,7 +78,7 @@ class Views:
         """One view of every image.
 
         Args:
-            images: uint8 ``(B, C, H, W)``, C 1 or 3; of recipe ``frames``, frame ``view`` of every sequence.
+            images: uint8 ``(B, C, H, W)``, B at least 1, C 1 or 3; for ``frames``, frame ``view`` of every sequence.
             index: ``(B,)`` int64 positions in the dataset, on the same device.
             seed: the run's seed.
             epoch: counted from 0.
@@ -86,32 +87,40 @@ class Views:
         Returns:
             The view on the images' device; the same size as the images where the recipe sets none.
         """
-        recipe, channels = self.recipe(view), images.shape[1]
+        recipe, (_, channels, height, width) = self.recipe(view), images.shape
         drawn = self.draw(index, seed=seed, epoch=epoch, view=view)
+        if recipe.turns != "none":
+            drawn["box"] = geometry.central_square(drawn["box"], height, width)
         # Sorted, samples whose hue is turned at the same time lie side by side and need not be gathered.
         stage = colour.stages(drawn, recipe, channels)
         order = stage.argsort(stable=True)
-        values = images[:1].numel()
-        step = max(1, _CACHED // max(1, values)) if images.device.type == "cpu" else max(1, len(images))
-        result: Tensor | None = None
-        region: Tensor | None = None
-        for rows in order.split(step):
-            part = {name: value[rows] for name, value in drawn.items()}
-            pixels = geometry.sample(images[rows], part, recipe)
-            if recipe.turns != "none":
-                pixels = geometry.turned(pixels, part["rotation_class"])
-            counts = torch.bincount(stage[rows], minlength=len(colour.linear_operations(recipe, channels)) + 2)
-            pixels = _degrade(colour.jitter(pixels, part, recipe, counts.tolist()), part, recipe)
-            if self._any("face_mask"):
-                covered = _occlude(pixels, part, images.shape[2], images.shape[3])
-                region = covered.new_empty(len(images), *covered.shape[1:]) if region is None else region
-                region[rows] = covered
-            if recipe.tiles:
-                pixels = patches.puzzle(pixels, part, recipe)
-            result = pixels.new_empty(len(images), *pixels.shape[1:]) if result is None else result
-            result[rows] = pixels
-        assert result is not None
-        return View(result, self._public(drawn, region))
+        ordered = {name: value[order] for name, value in drawn.items()}
+        values = channels * max(height * width, math.prod(geometry.output_size(recipe, height, width)))
+        step = max(1, _CACHED // values) if images.device.type == "cpu" else len(images)
+        made: dict[str, Tensor] = {}
+        # Views are no part of what is differentiated, nor of what an autocast around them may round.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            for start in range(0, len(images), step):
+                rows = order[start : start + step]
+                part = {name: value[start : start + step] for name, value in ordered.items()}
+                for name, value in self._part(images.index_select(0, rows), stage[rows], part, recipe).items():
+                    whole = made.setdefault(name, value.new_empty(len(images), *value.shape[1:]))
+                    whole.index_copy_(0, rows, value)
+        return View(made.pop("pixels"), self._public(drawn) | made)
+
+    def _part(self, images: Tensor, stage: Tensor, drawn: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+        """``pixels`` of some images, sorted by the stage of their hue, and ``mask_region`` where there are masks."""
+        pixels = geometry.sample(images, drawn, recipe)
+        if recipe.turns != "none":
+            pixels = geometry.turned(pixels, drawn["rotation_class"])
+        counts = torch.bincount(stage, minlength=len(colour.linear_operations(recipe, images.shape[1])) + 2)
+        pixels = _degrade(colour.jitter(pixels, drawn, recipe, counts.tolist()), drawn, recipe)
+        made = {"pixels": pixels}
+        if self._any("face_mask"):
+            made["mask_region"] = _occlude(pixels, drawn, recipe, images.shape[2], images.shape[3])
+        if recipe.tiles:
+            made = {name: patches.puzzle(value, drawn, recipe) for name, value in made.items()}
+        return made
 
     def draw(self, index: Tensor, *, seed: int, epoch: int, view: int) -> dict[str, Tensor]:
         """Everything that is random about a view, first dimension ``len(index)``; arguments as for a call."""
@@ -140,11 +149,10 @@ class Views:
         """Whether any view uses a parameter that is off by default: then all views report what they drew."""
         return any(getattr(recipe, parameter) != getattr(Recipe, parameter) for recipe in self.recipes)
 
-    def _public(self, drawn: dict[str, Tensor], region: Tensor | None) -> dict[str, Tensor]:
+    def _public(self, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         hidden = {_NOISE_KEY, "tile_offset", "mask_shape", "mask_colour", "face_mask"}
         hidden |= set() if self._any("cutout") else {"cutout"}
-        shown = {name: value for name, value in drawn.items() if name not in hidden}
-        return shown if region is None else {**shown, "mask_region": region}
+        return {name: value for name, value in drawn.items() if name not in hidden}
 
 
 def _degrade(pixels: Tensor, drawn: dict[str, Tensor], recipe: Recipe) -> Tensor:
@@ -156,22 +164,26 @@ def _degrade(pixels: Tensor, drawn: dict[str, Tensor], recipe: Recipe) -> Tensor
         if len(rows) == len(pixels):
             pixels = blur.gaussian_blur(pixels, drawn["blur_sigma"])
         elif len(rows):
-            pixels[rows] = blur.gaussian_blur(pixels[rows], drawn["blur_sigma"][rows])
+            blurred = blur.gaussian_blur(pixels.index_select(0, rows), drawn["blur_sigma"][rows])
+            pixels.index_copy_(0, rows, blurred)
     if recipe.solarize:
         colour.solarize(pixels, _chosen(drawn["solarize"]), recipe.solarize_threshold)
     if recipe.low_res[1] > 1:
         pixels = blur.low_resolution(pixels, drawn["low_res_factor"], drawn[_NOISE_KEY], recipe.low_res_noise)
     if recipe.noise:
         added = colour.noise(drawn[_NOISE_KEY], pixels[0].numel()).view(pixels.shape)
-        pixels = pixels.add_(added, alpha=recipe.noise).clamp_(0, 1)
+        pixels = pixels.add_(added, alpha=recipe.noise)
     if recipe.cutout:
         occlusion.cut_out(pixels, drawn["cutout"])
-    return pixels
+    # Sums of weights may also round to a little above 1.
+    return pixels.clamp_(0, 1)
 
 
-def _occlude(pixels: Tensor, drawn: dict[str, Tensor], height: int, width: int) -> Tensor:
+def _occlude(pixels: Tensor, drawn: dict[str, Tensor], recipe: Recipe, height: int, width: int) -> Tensor:
     """Draws the face masks, last of all, so that their region says exactly what they hide; returns the region."""
     coordinates = geometry.grid(geometry.affine(drawn, height, width), *pixels.shape[2:])
+    if recipe.turns != "none":
+        coordinates = geometry.turned(coordinates.permute(0, 3, 1, 2), drawn["rotation_class"]).permute(0, 2, 3, 1)
     region = occlusion.mask_region(drawn["mask_shape"], coordinates) & (drawn["face_mask"] > 0)[:, None, None, None]
     occlusion.draw_mask(pixels, region, drawn["mask_colour"], coordinates)
     return region

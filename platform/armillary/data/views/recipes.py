@@ -119,6 +119,7 @@ _BYOL = replace(_SIMCLR, crop_scale=(0.08, 1.0), saturation=0.2, interpolation="
 _GLOBAL = replace(_BYOL, crop_scale=(0.4, 1.0))
 _FACES = Recipe(flip=0.5, rotation=8, zoom=0.08, shift=0.05, brightness=0.2, contrast=0.2, noise=0.02)
 _JIGSAW = replace(_RESIZED_CROP, crop_scale=(0.6, 1.0), gray_p=0.3, tiles=3)
+_ALL_BUT_OCCLUSION = tuple(group for group in GROUPS if group != "occlusion")
 _LOOC = replace(_SIMCLR, turns="random", blur=0.5)
 
 # One recipe a view; the last serves all further views.
@@ -164,12 +165,12 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     # turned as it is, one that has its colours.
     "looc": (_LOOC, _LOOC, replace(_LOOC, share=("turn",)), replace(_LOOC, share=("colour",))),
     "low_res_pair": (
-        replace(_FACES, noise=0.0, share=("geometry", "colour")),
-        replace(_FACES, noise=0.0, low_res=(2.0, 8.0), low_res_noise=0.01, share=("geometry", "colour")),
+        replace(_FACES, noise=0.0, share=("geometry", "turn", "colour")),
+        replace(_FACES, noise=0.0, low_res=(2.0, 8.0), low_res_noise=0.01, share=("geometry", "turn", "colour")),
     ),
     "masked_face": (
-        replace(_FACES, share=("geometry", "colour", "noise")),
-        replace(_FACES, face_mask=1.0, share=("geometry", "colour", "noise")),
+        replace(_FACES, share=_ALL_BUT_OCCLUSION),
+        replace(_FACES, face_mask=1.0, share=_ALL_BUT_OCCLUSION),
     ),
     # View v is frame v of a sequence: a camera moves over all frames alike, but its noise is new in each.
     "frames": (replace(_FACES, share=("geometry", "colour", "occlusion")),),
@@ -223,21 +224,20 @@ def read(name: str, options: Mapping[str, Any]) -> tuple[tuple[Recipe, ...], int
             replace(recipe, **{parameter: changes[min(view, len(changes) - 1)]}) if view in chosen else recipe
             for view, recipe in enumerate(recipes)
         )
-    for recipe in recipes:
-        _check_tiles(recipe)
-    return recipes, count
+    return tuple(_with_orders(recipe, "permutations" in values) for recipe in recipes), count
 
 
-def _check_tiles(recipe: Recipe) -> None:
+def _with_orders(recipe: Recipe, chosen: bool) -> Recipe:
+    """Checks that there are as many orders of the tiles; a number that was not chosen is cut to what there is."""
     orders = math.factorial(recipe.tiles**2)
     if recipe.tiles == 1:
         raise UserError("one tile is no puzzle", key="views.tiles", allowed="0, 2, 3 or 4")
-    if recipe.tiles > 1 and recipe.permutations > orders:
-        raise UserError(
-            f"found {recipe.permutations}",
-            key="views.permutations",
-            allowed=f"2..{orders}, the orders of {recipe.tiles**2} tiles",
-        )
+    if recipe.tiles and not chosen:
+        return replace(recipe, permutations=min(recipe.permutations, orders))
+    if recipe.tiles and recipe.permutations > orders:
+        allowed = f"2..{orders}, the orders of {recipe.tiles**2} tiles"
+        raise UserError(f"found {recipe.permutations}", key="views.permutations", allowed=allowed)
+    return recipe
 
 
 def _by_view(parameter: str, option: str, value: Any) -> list[Any]:
