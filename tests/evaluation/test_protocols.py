@@ -9,17 +9,28 @@ from torch import nn
 
 from armillary.evaluation import protocols
 from armillary.evaluation.extract import extract
+from armillary.evaluation.result import Templates
 from armillary.evaluation.suite import check_protocols
 from armillary.spec.errors import UserError
 
 CLOSED = ("few_label", "knn", "probe")
+TRAINED = (*CLOSED, "quality_verification")
+# Documented as a family: tar_at_far_1e-k.
+RATES = ("tar_at_far_", "dir_at_far_", "tpr_at_fpr_")
+
+
+def grouped(size: int) -> Templates:
+    """Templates of two images, each a media of its own; every other one is in the gallery."""
+    row = np.arange(size)
+    return Templates(row, row // 2, row, gallery=np.where(row // 2 % 2, -1, 0))
 
 
 @pytest.mark.parametrize("name", protocols.names())
 def test_every_protocol_runs_names_its_metrics_and_documents_them(blobs: Any, name: Any) -> None:
     points, labels = blobs(classes=6, per_class=20)
     train, train_labels = blobs(classes=6, per_class=20)
-    result = protocols.evaluate(name, points, labels, train_embeddings=train, train_labels=train_labels)
+    options: dict[str, Any] = {"train_embeddings": train, "train_labels": train_labels, "templates": grouped(120)}
+    result = protocols.evaluate(name, points, labels, columns={"quality": np.arange(120.0)}, **options)
     assert result.metrics
     for metric, value in result.metrics.items():
         family, _, short = metric.partition("/")
@@ -27,18 +38,18 @@ def test_every_protocol_runs_names_its_metrics_and_documents_them(blobs: Any, na
         assert np.isfinite(value)
         documented = protocols.get(name).run.__doc__ or ""
         if name != "clustering":
-            assert short in documented or short.startswith("tar_at_far_")
+            assert short in documented or short.startswith(RATES)
     assert protocols.get(name).summary.endswith((".", "?")) or ":" in protocols.get(name).summary
 
 
 @pytest.mark.parametrize("name", protocols.names())
 def test_tensors_and_float32_are_as_good_as_arrays(blobs: Any, name: Any) -> None:
-    points, labels = blobs(classes=4, per_class=6)
+    points, labels = blobs(classes=4, per_class=12)
     points = points.astype(np.float32)
     options: dict[str, Any] = {"train_embeddings": points[::2], "train_labels": labels[::2]}
-    arrays = protocols.evaluate(name, points, labels, **options)
+    arrays = protocols.evaluate(name, points, labels, templates=grouped(48), **options)
     options = {key: torch.tensor(value) for key, value in options.items()}
-    tensors = protocols.evaluate(name, torch.tensor(points), torch.tensor(labels), **options)
+    tensors = protocols.evaluate(name, torch.tensor(points), torch.tensor(labels), templates=grouped(48), **options)
     assert tensors.metrics == arrays.metrics
 
 
@@ -52,7 +63,7 @@ def test_unknown_names_show_the_nearest() -> None:
 def test_requirements_say_which_split_fits() -> None:
     for name in protocols.names():
         wants = protocols.requirements(name)
-        assert wants.needs_train == (name in CLOSED)
+        assert wants.needs_train == (name in TRAINED)
         splits: tuple[tuple[Literal["sample", "identity"], bool], ...] = (("sample", True), ("identity", False))
         for split, closed in splits:
             if wants.closed_set in (None, closed):

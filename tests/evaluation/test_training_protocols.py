@@ -37,6 +37,8 @@ def test_knn_equals_scikit_learn(digits: Any) -> None:
     plain = KNeighborsClassifier(20, metric="cosine").fit(train, labels)
     # Vote ties fall differently there: to the smaller label instead of to the nearer neighbours.
     assert metrics["knn/top1_plain"] == pytest.approx(plain.score(test, truth), abs=0.01)
+    far = KNeighborsClassifier(200, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(train, labels)
+    assert metrics["knn/top1_k200"] == pytest.approx(far.score(test, truth))
     counts = np.sort(plain.predict_proba(test))[:, ::-1]
     clear = counts[:, 0] > counts[:, 1]
     sure = EvaluationSet(test[clear], truth[clear].astype(np.int64), train, labels.astype(np.int64))
@@ -56,7 +58,7 @@ def test_a_gallery_smaller_than_k_is_used_whole() -> None:
     metrics = evaluate(
         "knn", [[1.0, 0.1], [0.1, 1.0]], ["a", "b"], train_embeddings=np.eye(2), train_labels=["a", "b"]
     ).metrics
-    assert metrics == {"knn/top1": 1.0, "knn/top1_plain": 1.0}
+    assert metrics == dict.fromkeys(("knn/top1", "knn/top1_plain", "knn/top1_k200", "knn/top1_plain_k200"), 1.0)
 
 
 def test_probe_is_logistic_regression_on_standardised_embeddings(digits: Any) -> None:

@@ -165,7 +165,9 @@ def test_sets_without_both_kinds_of_pairs_are_refused(labels: Any, words: Any) -
 def test_sampled_pairs_are_distinct_and_of_their_kind(blobs: Any, monkeypatch: Any) -> None:
     points, labels = blobs(classes=5, per_class=4)
     pairs = module.AllPairs(points, labels)
-    scores, same = pairs.sample(pairs.num_genuine, seed=1)
+    drawn_pairs = pairs.sample(pairs.num_genuine, pairs.num_genuine, seed=1)
+    scores, same = module.pair_scores(points, drawn_pairs) / 2**40, drawn_pairs.same
+    assert (labels[drawn_pairs.first] == labels[drawn_pairs.second]).tolist() == same.tolist()
     expected, truth = all_pairs(points, labels)
     np.testing.assert_allclose(np.sort(scores[same]), np.sort(expected[truth]), atol=1e-9)
     drawn = scores[~same]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from armillary.data.splits import Images
+
 
 def extract(
     encoder: nn.Module,
-    images: Tensor,
+    images: Images,
     *,
     batch_size: int = 256,
     flip: bool = False,
@@ -24,7 +27,7 @@ def extract(
     Args:
         encoder: maps ``(batch, C, H, W)`` in [0, 1] to ``(batch, D)``; it must be on ``device``. Each of its modules
             leaves in the mode (training or evaluation) it came in.
-        images: uint8 ``(N, C, H, W)``, N >= 1, on any device.
+        images: uint8 ``(N, C, H, W)``, N >= 1, on any device, or in the store: taken batch by batch.
         batch_size: images at a time.
         flip: gives the mean of the embedding and that of the mirrored image.
         device: where the encoder computes.

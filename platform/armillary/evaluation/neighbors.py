@@ -8,7 +8,7 @@ from armillary.evaluation.result import EvaluationSet, Floats, Ints, ProtocolRes
 from armillary.evaluation.similarity import GRID, block_rows, grid_scores, normalize
 from armillary.spec.errors import UserError
 
-NEIGHBORS = 20
+NEIGHBORS = {"": 20, "_k200": 200}
 TEMPERATURE = 0.07
 
 
@@ -32,18 +32,20 @@ def training_part(data: EvaluationSet, protocol: str) -> tuple[Floats, Ints]:
 
 
 def knn(data: EvaluationSet, *, elements: int | None = None) -> ProtocolResult:
-    """k-NN classification with the training set as the gallery, k = 20 (or the gallery's size), by cosine similarity.
+    """k-NN classification with the training set as the gallery, by cosine similarity.
 
-    ``top1``
-        The share classified rightly when a neighbour of similarity s votes with weight exp(s / 0.07).
-    ``top1_plain``
+    ``top1``, ``top1_k200``
+        The share classified rightly by 20 and by 200 neighbours (or the whole gallery, if smaller), when a neighbour of
+        similarity s votes with weight exp(s / 0.07).
+    ``top1_plain``, ``top1_plain_k200``
         The same with one vote for each; ties between classes are settled by the weighted votes.
 
     Equally similar neighbours at the k-th place are taken in the order of their labels, and equal votes go to the
     smaller label. A query of a class that the gallery lacks counts as wrong.
 
     Sources: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, CVPR 2018, section
-    3.4; Caron et al., Emerging Properties in Self-Supervised Vision Transformers (DINO), ICCV 2021, for k = 20.
+    3.4 (k = 200); Caron et al., Emerging Properties in Self-Supervised Vision Transformers (DINO), ICCV 2021, who find
+    k = 20 best.
 
     Raises:
         UserError: no training part, or no class of it is evaluated.
@@ -52,24 +54,27 @@ def knn(data: EvaluationSet, *, elements: int | None = None) -> ProtocolResult:
 
     gallery, gallery_labels = training_part(data, "knn")
     gallery, queries = normalize(gallery), normalize(data.embeddings)
-    k, classes = min(NEIGHBORS, len(gallery)), int(max(gallery_labels.max(), data.labels.max())) + 1
+    classes = int(max(gallery_labels.max(), data.labels.max())) + 1
+    most = min(max(NEIGHBORS.values()), len(gallery))
     # Less than half a grid unit: decides between equal scores only.
     tie_break = 0.5 * gallery_labels / classes
-    weighted_hits, plain_hits = 0, 0
+    hits = dict.fromkeys(("top1", "top1_plain", "top1_k200", "top1_plain_k200"), 0)
     step = block_rows(max(len(gallery), classes), elements)
     for start in range(0, len(queries), step):
         truth = data.labels[start : start + step]
         scores = grid_scores(queries[start : start + step], gallery) - tie_break
-        best = torch.topk(torch.from_numpy(scores), k, dim=1)
+        best = torch.topk(torch.from_numpy(scores), most, dim=1)
         similarity = np.rint(best.values.numpy()) / GRID
         voters = gallery_labels[best.indices.numpy()]
         weights = np.exp((similarity - 1.0) / TEMPERATURE)
-        weighted, counts = _votes(voters, weights, classes), _votes(voters, np.ones_like(weights), classes)
-        weighted_hits += int((weighted.argmax(axis=1) == truth).sum())
-        # Weights are at most 1 each, so that their sum over k + 1 is below one vote.
-        plain_hits += int(((counts + weighted / (k + 1)).argmax(axis=1) == truth).sum())
-    total = len(queries)
-    return ProtocolResult({"knn/top1": weighted_hits / total, "knn/top1_plain": plain_hits / total})
+        for suffix, neighbors in NEIGHBORS.items():
+            k = min(neighbors, most)
+            weighted = _votes(voters[:, :k], weights[:, :k], classes)
+            counts = _votes(voters[:, :k], np.ones_like(weights[:, :k]), classes)
+            hits[f"top1{suffix}"] += int((weighted.argmax(axis=1) == truth).sum())
+            # Weights are at most 1 each, so that their sum over k + 1 is below one vote.
+            hits[f"top1_plain{suffix}"] += int(((counts + weighted / (k + 1)).argmax(axis=1) == truth).sum())
+    return ProtocolResult({f"knn/{name}": count / len(queries) for name, count in hits.items()})
 
 
 def _votes(voters: Ints, weights: Floats, classes: int) -> Floats:

@@ -6,7 +6,7 @@ scores that differ by less than about 1e-12 as equal; each one's docstring says 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,13 @@ import numpy as np
 
 from armillary.evaluation.clustering import clustering
 from armillary.evaluation.geometry import geometry
+from armillary.evaluation.inputs import checked_columns, checked_pairs, checked_samples, checked_templates
 from armillary.evaluation.neighbors import knn
 from armillary.evaluation.probe import few_label, probe
+from armillary.evaluation.quality import quality_verification
 from armillary.evaluation.ranking import identification, retrieval
-from armillary.evaluation.result import EvaluationSet, Floats, ProtocolResult
+from armillary.evaluation.result import EvaluationSet, Pairs, ProtocolResult, Templates
+from armillary.evaluation.templates import templates as judge_templates
 from armillary.evaluation.verification import verification
 from armillary.spec.errors import UserError, unknown_name
 
@@ -52,6 +55,7 @@ class Protocol:
 
 
 _EITHER, _CLOSED, _OPEN = Requirements(False, None), Requirements(True, True), Requirements(False, False)
+_FITTED = Requirements(True, None)
 _PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -63,6 +67,8 @@ _PROTOCOLS = {
         Protocol("few_label", _CLOSED, few_label),
         Protocol("clustering", _OPEN, clustering),
         Protocol("geometry", _EITHER, geometry),
+        Protocol("quality_verification", _FITTED, quality_verification),
+        Protocol("templates", _EITHER, judge_templates),
     )
 }
 
@@ -95,6 +101,9 @@ def evaluate(
     *,
     train_embeddings: Any = None,
     train_labels: Any = None,
+    columns: Mapping[str, Any] | None = None,
+    pairs: Pairs | None = None,
+    templates: Templates | None = None,
     seed: int = 0,
 ) -> ProtocolResult:
     """Judges embeddings by the named protocol.
@@ -105,18 +114,27 @@ def evaluate(
         labels: ``(n,)`` integers or strings.
         train_embeddings: ``(m, d)`` of the training part, for protocols with ``needs_train``; ignored by the others.
         train_labels: ``(m,)``, in the same naming as ``labels``.
+        columns: ``(n,)`` each; ``quality`` is read by geometry, the others are carried.
+        pairs: positions of samples that verification compares instead of all pairs.
+        templates: for the protocol ``templates``; positions of samples.
         seed: fixes what a protocol draws; results are a function of the input and the seed.
 
     Raises:
         UserError: unknown protocol, malformed input, or input the protocol cannot judge.
     """
     protocol = get(name)
-    points, classes = _checked("embeddings", embeddings, "labels", labels)
+    points, classes = checked_samples("embeddings", embeddings, "labels", labels)
     if len(points) < 2:
         raise UserError(f"there must be two embeddings or more, found {len(points)}", key="embeddings")
+    extras: dict[str, Any] = {
+        "columns": checked_columns(columns, len(points)),
+        "pairs": checked_pairs(pairs, len(points)),
+        "templates": checked_templates(templates, len(points)),
+        "seed": seed,
+    }
     if not protocol.requirements.needs_train or train_embeddings is None or train_labels is None:
-        return protocol.run(EvaluationSet(points, _encode(classes), seed=seed))
-    train, train_classes = _checked("train_embeddings", train_embeddings, "train_labels", train_labels)
+        return protocol.run(EvaluationSet(points, _encode(classes), **extras))
+    train, train_classes = checked_samples("train_embeddings", train_embeddings, "train_labels", train_labels)
     if train.shape[1] != points.shape[1]:
         raise UserError(
             f"training embeddings are {train.shape[1]} wide, evaluated ones {points.shape[1]}", key="train_embeddings"
@@ -126,30 +144,9 @@ def evaluate(
             "training labels and evaluated labels must both be integers or both strings", key="train_labels"
         )
     joint = _encode(np.concatenate((classes, train_classes)))
-    return protocol.run(EvaluationSet(points, joint[: len(points)], train, joint[len(points) :], seed))
+    return protocol.run(EvaluationSet(points, joint[: len(points)], train, joint[len(points) :], **extras))
 
 
 def _encode(labels: Any) -> Any:
     """Classes counted from 0 in sorted order."""
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
-
-
-def _checked(key: str, embeddings: Any, label_key: str, labels: Any) -> tuple[Floats, Any]:
-    points, classes = np.asarray(embeddings), np.asarray(labels)
-    if points.ndim != 2 or points.shape[1] < 1:
-        raise UserError(f"must have the shape (samples, width), found {points.shape}", key=key)
-    if points.dtype.kind not in "fiu":
-        raise UserError(f"must be real numbers, found {points.dtype}", key=key)
-    if classes.shape != (len(points),):
-        raise UserError(f"must have the shape ({len(points)},), one a sample, found {classes.shape}", key=label_key)
-    if classes.dtype.kind not in "iuU":
-        raise UserError(f"must be integers or strings, found {classes.dtype}", key=label_key)
-    points = points.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
-    if len(bad):
-        raise UserError(
-            f"{len(bad)} of {len(points)} embeddings hold NaN or infinity, the first in row {bad[0]}",
-            key=key,
-            hint="training diverged, or the file is damaged",
-        )
-    return points, classes

@@ -7,39 +7,25 @@ out; when that is so for all, the protocol refuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from armillary.evaluation.open_set import open_set
 from armillary.evaluation.result import EvaluationSet, Floats, Ints, ProtocolResult
 from armillary.evaluation.similarity import block_rows, grid_scores, normalize
 from armillary.spec.errors import UserError
 
 # Ranks a CMC curve shows.
 CMC_RANKS = 100
-
-
-@dataclass(frozen=True)
-class QueryBlock:
-    """Some queries and their scores against everything.
-
-    Args:
-        label: ``(q,)`` the queries' classes.
-        mates: ``(q,)`` other images of that class; at least 1.
-        scores: ``(q, n)`` in grid units; mates half a unit lower (so that ties count against them), the query itself
-            minus infinity.
-        best: ``(q,)`` the score of each query's best-placed mate.
-    """
-
-    label: Ints
-    mates: Ints
-    scores: Floats
-    best: Floats
+RECALL_AT = (1, 2, 4, 8, 10, 100)
+# Scores in a block of a thread, 64 MB: with fewer rows a matrix product spends its time on fetching the columns.
+_ELEMENTS = 1 << 23
 
 
 class Rankings:
-    """Leave-one-out queries of a labelled set in blocks, ordered by class size so that a block's queries are alike.
+    """Leave-one-out queries of a labelled set, in blocks, ordered by class so that a query's mates are neighbours.
 
     Args:
         data: the evaluated set.
@@ -53,48 +39,103 @@ class Rankings:
     def __init__(self, data: EvaluationSet, protocol: str, *, elements: int | None = None) -> None:
         sizes = np.bincount(data.labels)[data.labels]
         order = np.lexsort((data.labels, sizes))
-        self.points, self.labels, self.mates = normalize(data.embeddings, order), data.labels[order], sizes[order] - 1
-        self.elements = elements
-        self.first = int(np.searchsorted(self.mates, 1))
-        self.count = len(order) - self.first
-        if not self.count:
+        self.points, labels = normalize(data.embeddings, order), data.labels[order]
+        # Row i's class are rows first[i] to last[i]; sorted by size, so that classes of one image come first.
+        starts = np.concatenate(([0], np.flatnonzero(np.diff(labels)) + 1, [len(labels)]))
+        own = np.searchsorted(starts, np.arange(len(labels)), side="right")
+        self.first, self.last = starts[own - 1], starts[own]
+        self.begin = int(np.searchsorted(sizes[order], 2))
+        self.elements = elements or _ELEMENTS
+        if self.begin == len(labels):
             raise UserError(f"{protocol} needs a class with two images or more; every evaluated class has one")
 
-    def __iter__(self) -> Iterator[QueryBlock]:
-        size = len(self.labels)
-        # Sorted by class, so that the images of a query's class are neighbours.
-        changes = np.flatnonzero(np.diff(self.labels)) + 1
-        borders = np.concatenate(([0], changes, [size]))
-        step = block_rows(size, self.elements)
-        for start in range(self.first, size, step):
-            stop = min(start + step, size)
-            scores = grid_scores(self.points[start:stop], self.points)
-            best = np.empty(stop - start)
-            own = np.searchsorted(borders, np.arange(start, stop), side="right")
-            for row, (first, last) in enumerate(zip(borders[own - 1], borders[own], strict=True)):
-                mates = scores[row, first:last]
-                mates -= 0.5
-                scores[row, start + row] = -np.inf
-                best[row] = mates.max()
-            yield QueryBlock(self.labels[start:stop], self.mates[start:stop], scores, best)
+    def __len__(self) -> int:
+        """How many images have a mate, and so are queries."""
+        return len(self.points) - self.begin
+
+    def map(self, measure: Callable[[Floats, list[Floats]], Floats]) -> Floats:
+        """Applies ``measure`` to blocks of queries and puts its results in one array, in the order of the queries.
+
+        Args:
+            measure: gets the scores of ``(q, n)`` others in grid units, minus infinity at the query and its mates, and
+                for each query the scores of its mates, at least one; returns an array of first dimension q. Blocks
+                run in as many threads as torch uses.
+        """
+        import torch
+
+        step = block_rows(len(self.points), self.elements)
+        starts = range(self.begin, len(self.points), step)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            parts = pool.map(lambda start: measure(*self._block(start, min(start + step, len(self.points)))), starts)
+            return np.concatenate(list(parts))
+
+    def _block(self, start: int, stop: int) -> tuple[Floats, list[Floats]]:
+        scores, mates = grid_scores(self.points[start:stop], self.points), []
+        for row, (scored, first, last) in enumerate(
+            zip(scores, self.first[start:stop], self.last[start:stop], strict=True), start
+        ):
+            mates.append(np.delete(scored[first:last], row - first))
+            scored[first:last] = -np.inf
+        return scores, mates
 
 
 def first_mate_ranks(rankings: Rankings) -> Ints:
     """The rank (from 1) of each query's best-placed mate."""
-    ranks = [1 + np.count_nonzero(block.scores > block.best[:, None], axis=1) for block in rankings]
-    return np.concatenate(ranks).astype(np.int64)
+
+    def measure(others: Floats, mates: list[Floats]) -> Floats:
+        best = np.array([own.max() for own in mates])
+        return np.asarray(np.count_nonzero(others >= best[:, None], axis=1) + 1.0)
+
+    return rankings.map(measure).astype(np.int64)
+
+
+def count_at_least(values: Floats, bounds: Floats) -> Ints:
+    """How many ``values`` are at or above each of ``bounds``, exactly; for whole numbers below 2**53.
+
+    Sorting in float32 takes half the time. Rounding keeps the order, so it can only blur a bound with values that round
+    to the same number; where there are such values, the count is made again from the exact ones.
+    """
+    rough = np.sort(values.astype(np.float32))
+    rounded = bounds.astype(np.float32)
+    left, right = np.searchsorted(rough, rounded, side="left"), np.searchsorted(rough, rounded, side="right")
+    counts = len(values) - left
+    blurred = np.flatnonzero(left < right)
+    if len(blurred):
+        near = np.sort(values[np.isin(values.astype(np.float32), rounded[blurred])])
+        above = len(values) - right[blurred]
+        # Of those that round alike, the ones at or above the bound itself.
+        upper = np.searchsorted(near.astype(np.float32), rounded[blurred], side="right")
+        counts[blurred] = above + upper - np.searchsorted(near, bounds[blurred], side="left")
+    return counts.astype(np.int64)
+
+
+def mate_ranks(others: Floats, mates: Floats) -> Ints:
+    """The rank (from 1) of each mate among all, ascending, ``(R,)``.
+
+    Args:
+        others: ``(n,)`` scores of the images of other classes.
+        mates: ``(R,)`` scores of the query's class, R >= 1.
+    """
+    descending = np.sort(mates)[::-1]
+    rivals = others[others >= descending[-1]]
+    return count_at_least(rivals, descending) + np.arange(1, len(mates) + 1)
 
 
 def identification(data: EvaluationSet, *, elements: int | None = None) -> ProtocolResult:
-    """Closed-set identification, leave one out: each image against all others.
+    """Identification: closed set by leave one out, each image against all others, and open set with a gallery.
 
     ``rank1``, ``rank5``
         Share of queries with an image of their class among the 1 or 5 best-scored others (with fewer than five others,
         among all).
+    ``dir_at_far_1e-k``
+        Open set: the share of probes of enrolled classes whose class is ranked first and accepted, at the lowest
+        threshold that accepts no more than 10**-k of the probes of classes that are not enrolled. Half of the classes
+        with two images are enrolled, drawn by ``seed``; see :func:`armillary.evaluation.open_set.open_set`. Left out
+        where the probes do not resolve the rate.
 
-    Curve: ``cmc``, whose entry k-1 is the share found within rank k, up to rank 100.
+    Curves: ``cmc``, whose entry k-1 is the share found within rank k, up to rank 100; ``dir_far`` and ``dir_rate``.
 
-    Source: Phillips, Grother, Micheals, Evaluation methods in face recognition, Handbook of Face Recognition, 2005.
+    Sources: Phillips, Grother, Micheals, Evaluation methods in face recognition, Handbook of Face Recognition, 2005.
 
     Raises:
         UserError: no class has two images.
@@ -104,36 +145,43 @@ def identification(data: EvaluationSet, *, elements: int | None = None) -> Proto
     found = np.bincount(np.minimum(ranks, deepest + 1), minlength=deepest + 2)[1 : deepest + 1]
     cmc = np.cumsum(found) / len(ranks)
     metrics = {f"identification/rank{k}": float(cmc[min(k, deepest) - 1]) for k in (1, 5)}
-    return ProtocolResult(metrics, {"cmc": cmc})
+    rates, curves = open_set(data.embeddings, data.labels, data.seed)
+    metrics |= {f"identification/{name}": value for name, value in rates.items()}
+    return ProtocolResult(metrics, {"cmc": cmc, **curves})
 
 
 def retrieval(data: EvaluationSet, *, elements: int | None = None) -> ProtocolResult:
     """Retrieval, leave one out: each image's R mates (other images of its class) should fill its first R places.
 
-    ``recall_at_1``
-        Share of queries whose best-scored other image is a mate.
+    ``recall_at_1``, ``recall_at_2``, ``recall_at_4``, ``recall_at_8``, ``recall_at_10``, ``recall_at_100``
+        Share of queries with a mate among the first k places (with fewer than k others, among all).
     ``r_precision``
         Share of mates among the first R places, mean over queries.
     ``map_at_r``
         (1/R) times the sum over places i <= R held by a mate of the precision at i, mean over queries.
+    ``map``
+        (1/R) times the sum over all places i held by a mate of the precision at i, mean over queries.
 
-    Source: Musgrave, Belongie, Lim, A Metric Learning Reality Check, ECCV 2020, section 3.2.
+    Sources: Jegou, Douze, Schmid, Product Quantization for Nearest Neighbor Search, TPAMI 2011 (Recall@k); Musgrave,
+    Belongie, Lim, A Metric Learning Reality Check, ECCV 2020, section 3.2 (R-precision, MAP@R); Manning, Raghavan,
+    Schuetze, Introduction to Information Retrieval, 2008, section 8.4 (MAP).
 
     Raises:
         UserError: no class has two images.
     """
-    import torch
 
-    rankings = Rankings(data, "retrieval", elements=elements)
-    recall, precision, average = 0.0, 0.0, 0.0
-    for block in rankings:
-        deepest = int(block.mates.max())
-        top = torch.topk(torch.from_numpy(block.scores), deepest, dim=1).indices.numpy()
-        place = np.arange(1, deepest + 1)
-        hits = (rankings.labels[top] == block.label[:, None]) & (place <= block.mates[:, None])
-        recall += float(hits[:, 0].sum())
-        precision += float((hits.sum(axis=1) / block.mates).sum())
-        average += float(((hits * np.cumsum(hits, axis=1) / place).sum(axis=1) / block.mates).sum())
-    names = ("recall_at_1", "r_precision", "map_at_r")
-    sums = (recall, precision, average)
-    return ProtocolResult({f"retrieval/{n}": s / rankings.count for n, s in zip(names, sums, strict=True)})
+    def measure(others: Floats, mates: list[Floats]) -> Floats:
+        return np.stack([_places(mate_ranks(*query)) for query in zip(others, mates, strict=True)])
+
+    means = Rankings(data, "retrieval", elements=elements).map(measure).mean(axis=0)
+    names = (*(f"recall_at_{k}" for k in RECALL_AT), "r_precision", "map_at_r", "map")
+    return ProtocolResult({f"retrieval/{name}": float(mean) for name, mean in zip(names, means, strict=True)})
+
+
+def _places(ranks: Ints) -> Floats:
+    """Of one query: found within each k, R-precision, average precision up to place R, and in full."""
+    size = len(ranks)
+    precision = np.arange(1, size + 1) / ranks
+    within = int(np.searchsorted(ranks, size, side="right"))
+    found = (ranks[0] <= np.array(RECALL_AT)).astype(np.float64)
+    return np.array([*found, within / size, precision[:within].sum() / size, precision.sum() / size])

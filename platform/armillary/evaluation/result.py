@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,49 @@ class ProtocolResult:
     """The outcome of one protocol.
 
     ``metrics`` maps ``<protocol>/<metric>`` to a finite number; ``curves`` maps short names (``roc_far``) to the arrays
-    a figure is drawn from.
+    a figure is drawn from; ``warnings`` are sentences for the user, e.g. that the embeddings have collapsed.
     """
 
     metrics: dict[str, float]
     curves: dict[str, NDArray[Any]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A given list of comparisons, such as LFW's pairs or IJB's matches.
+
+    Args:
+        first: ``(p,)`` int64, positions of samples, or names of templates.
+        second: ``(p,)`` int64.
+        same: ``(p,)`` whether both are of one class.
+        fold: ``(p,)`` the fold of each comparison; ``None``: the list's order decides.
+    """
+
+    first: Ints
+    second: Ints
+    same: Flags
+    fold: Ints | None = None
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Sets of images that are compared as one, in the manner of IJB-B and IJB-C.
+
+    Args:
+        row: ``(m,)`` int64, position of a sample; a sample may belong to several templates.
+        template: ``(m,)`` int64, the template it belongs to, any number.
+        media: ``(m,)`` int64, the photograph or video it was taken from; counted within its template.
+        matches: which templates are compared; ``None``: all with all.
+        gallery: ``(m,)`` int64, the gallery (0, 1, ...) that the template is enrolled in, negative for probes; one
+            value a template. ``None``: there is no identification.
+    """
+
+    row: Ints
+    template: Ints
+    media: Ints
+    matches: Pairs | None = None
+    gallery: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +74,9 @@ class EvaluationSet:
         train_embeddings: ``(m, d)`` float64, for protocols that need training samples.
         train_labels: ``(m,)`` int64.
         seed: fixes whatever a protocol draws.
+        columns: more about each sample, ``(n,)`` each, e.g. ``quality``.
+        pairs: the comparisons that verification makes; ``None``: all pairs.
+        templates: for the protocol of that name.
     """
 
     embeddings: Floats
@@ -41,3 +84,6 @@ class EvaluationSet:
     train_embeddings: Floats | None = None
     train_labels: Ints | None = None
     seed: int = 0
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    pairs: Pairs | None = None
+    templates: Templates | None = None

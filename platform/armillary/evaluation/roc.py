@@ -16,8 +16,9 @@ import numpy as np
 from armillary.evaluation.result import Floats, Ints
 from armillary.evaluation.similarity import GRID
 
-# Held scores at a time: about 0.5 GB with the counts that go with them.
+# Held scores at a time: about 0.4 GB with the counts that go with them.
 CAPACITY = 1 << 23
+_FOLDED = 1 << 20
 _LOWEST, _HIGHEST = -GRID - 2, GRID + 2
 _BINS = 4096
 
@@ -125,16 +126,21 @@ def roc_curve(
     for low, high in _ranges(held, _LOWEST, _HIGHEST, min(num_genuine, num_impostor), capacity):
         values, counts = _collect(held, low, high)
         slots = _count_into_gaps(streamed, values, low, high)
-        # From the highest scores down: above the last held score, at it, below it, and so on.
-        streamed_new = slots[::-1]
-        held_new = np.zeros(len(slots), dtype=np.int64)
-        held_new[1::2] = counts[::-1]
-        threshold = np.empty(len(slots))
-        threshold[1::2] = values[::-1]
-        # Everything in a gap is accepted just above the held score below it; scores are whole numbers here.
-        threshold[0::2] = np.append(values[::-1] + 1, low)
-        fold.add(streamed_new if swap else held_new, held_new if swap else streamed_new, threshold)
+        # In parts, so that the temporaries of a fold stay small beside the scores that are held.
+        for stop in range(len(slots), 0, -_FOLDED):
+            streamed_new, held_new, threshold = _descend(values, counts, slots, low, max(0, stop - _FOLDED), stop)
+            fold.add(streamed_new if swap else held_new, held_new if swap else streamed_new, threshold)
     return fold.roc()
+
+
+def _descend(values: Floats, counts: Ints, slots: Ints, low: float, start: int, stop: int) -> tuple[Ints, Ints, Floats]:
+    """Slots ``start`` to ``stop`` from the highest scores down: streamed and held scores, and their threshold."""
+    slot = np.arange(stop - 1, start - 1, -1)
+    at_held, index = slot % 2 == 1, slot // 2
+    held = np.where(at_held, np.append(counts, 0)[index], 0)
+    # Everything in a gap is accepted just above the held score below it; scores are whole numbers here.
+    above_held = np.append(low - 1, values)[index] + 1
+    return slots[slot], held, np.where(at_held, np.append(values, 0.0)[index], above_held)
 
 
 def _ranges(stream: Stream, low: float, high: float, count: int, capacity: int) -> Iterator[tuple[float, float]]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from armillary.evaluation import protocols
-from armillary.evaluation.result import ProtocolResult
+from armillary.evaluation.result import Ints, Pairs, ProtocolResult, Templates
 from armillary.spec.errors import UserError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
     from torch import nn
 
-    from armillary.data.splits import PreparedData
+    from armillary.data.splits import ImageSet, PreparedData
 
 
 def check_protocols(names: Sequence[str], split: Literal["identity", "sample"], *, where: str | None = None) -> None:
@@ -54,26 +58,96 @@ def evaluate_encoder(
     """Embeds the evaluated part (and the training part, where a protocol needs it) and runs the protocols.
 
     The arguments are those of :func:`armillary.evaluation.extract.extract` and of
-    :func:`armillary.evaluation.protocols.evaluate`. Check the names with :func:`check_protocols` before.
+    :func:`armillary.evaluation.protocols.evaluate`. Check the names with :func:`check_protocols` before. A table
+    ``pairs`` or ``templates`` of the dataset is used when all its rows are in the evaluated part.
 
     Returns:
         One result by protocol, in the order asked for.
     """
+    train = data.train if any(protocols.requirements(name).needs_train for name in names) else None
+    options: dict[str, Any] = {"batch_size": batch_size, "flip": flip, "device": device}
+    return judge(encoder, data.evaluation, data.tables, names, train=train, seed=seed, **options)
+
+
+def judge(
+    encoder: nn.Module,
+    images: ImageSet,
+    tables: Mapping[str, pa.Table],
+    names: Sequence[str],
+    *,
+    train: ImageSet | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, ProtocolResult]:
+    """Embeds images and runs the protocols on them, with the images' fields as columns.
+
+    Args:
+        encoder: see :func:`armillary.evaluation.extract.extract`, which gets ``options`` too.
+        images: what is judged.
+        tables: ``pairs``, ``templates``, ``matches`` of the dataset that the images are of.
+        names: protocols.
+        train: for protocols that need a training part.
+        seed: fixes what protocols draw.
+        options: batch size, flip, device.
+    """
     from armillary.evaluation.extract import extract
 
-    def embed(images: torch.Tensor) -> torch.Tensor:
-        return extract(encoder, images, batch_size=batch_size, flip=flip, device=device)
-
-    embeddings = embed(data.evaluation.images)
-    needs_train = any(protocols.requirements(name).needs_train for name in names)
-    train = embed(data.train.images) if needs_train else None
-    train_labels = data.train.label if needs_train else None
-    return {
+    embeddings = extract(encoder, images.images, **options)
+    train_embeddings = None if train is None else extract(encoder, train.images, **options)
+    pairs, templates, warnings = comparisons(tables, images.index.numpy())
+    results = {
         name: protocols.evaluate(
-            name, embeddings, data.evaluation.label, train_embeddings=train, train_labels=train_labels, seed=seed
+            name,
+            embeddings,
+            images.label,
+            train_embeddings=train_embeddings,
+            train_labels=None if train is None else train.label,
+            columns=images.fields,
+            pairs=pairs,
+            templates=templates,
+            seed=seed,
         )
         for name in names
     }
+    return {
+        name: replace(result, warnings=(*result.warnings, *warnings.get(name, ()))) for name, result in results.items()
+    }
+
+
+def comparisons(
+    tables: Mapping[str, pa.Table], index: Ints
+) -> tuple[Pairs | None, Templates | None, dict[str, tuple[str, ...]]]:
+    """The pairs and templates of a dataset, in positions of a part of it.
+
+    Args:
+        tables: ``pairs``, ``templates`` and ``matches``, as far as there are any.
+        index: ``(n,)`` the rows of the dataset that the part holds.
+
+    Returns:
+        Pairs and templates, ``None`` where there is none or a row of it is not in the part; and, by protocol, warnings
+        that say so.
+    """
+    from armillary.evaluation.tables import located, pairs_of, table_columns, templates_of
+
+    columns = {name: table_columns(table) for name, table in tables.items()}
+    pairs, templates = None, None
+    warnings: dict[str, tuple[str, ...]] = {}
+    if "pairs" in columns:
+        rows = {name: located(columns["pairs"][name], index) for name in ("first", "second")}
+        outside = np.count_nonzero((rows["first"] < 0) | (rows["second"] < 0))
+        if outside:
+            total = len(rows["first"])
+            sentence = (
+                f"compared all pairs: {outside} of the dataset's {total} pairs have images that are not evaluated"
+            )
+            warnings = {"verification": (sentence,), "quality_verification": (sentence,)}
+        else:
+            pairs = pairs_of(columns["pairs"] | rows)
+    if "templates" in columns:
+        row = located(columns["templates"]["row"], index)
+        if (row >= 0).all():
+            templates = templates_of(columns["templates"] | {"row": row}, columns.get("matches"))
+    return pairs, templates, warnings
 
 
 def metrics_of(results: dict[str, ProtocolResult]) -> dict[str, float]:
@@ -81,15 +155,27 @@ def metrics_of(results: dict[str, ProtocolResult]) -> dict[str, float]:
     return {name: value for result in results.values() for name, value in result.metrics.items()}
 
 
-def save_curves(results: dict[str, ProtocolResult], folder: Path) -> list[Path]:
-    """Writes ``<protocol>.npz`` for every protocol that has curves; returns the files."""
-    import numpy as np
+def warnings_of(results: dict[str, ProtocolResult]) -> list[str]:
+    """The warnings of several protocols, each once."""
+    return list(dict.fromkeys(sentence for result in results.values() for sentence in result.warnings))
+
+
+def save_curves(results: dict[str, ProtocolResult], folder: Path, *, name: str = "") -> list[Path]:
+    """Writes ``<protocol>.npz`` for every protocol that has curves, and their pictures; returns the files.
+
+    ``warnings.txt`` holds the warnings, if there are any. See :func:`armillary.evaluation.pictures.save_pictures`.
+    """
+    from armillary.evaluation.pictures import save_pictures
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, result in results.items():
+    for protocol, result in results.items():
         if result.curves:
-            path = folder / f"{name}.npz"
+            path = folder / f"{protocol}.npz"
             np.savez_compressed(path, allow_pickle=False, **result.curves)
             written.append(path)
-    return written
+    if sentences := warnings_of(results):
+        path = folder / "warnings.txt"
+        path.write_text("".join(f"{sentence}\n" for sentence in sentences))
+        written.append(path)
+    return [*written, *save_pictures(results, folder, name=name)]
