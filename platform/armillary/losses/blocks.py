@@ -21,6 +21,18 @@ BLOCK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
+class Partners:
+    """The positives of each anchor: their ``columns (rows, most)``, and which of these places are ``taken``."""
+
+    columns: Tensor
+    taken: Tensor
+
+    def of(self, matrix: Tensor, absent: float) -> Tensor:
+        """The values of a ``(rows, columns)`` matrix at the positives, ``(rows, most)``; ``absent`` where none is."""
+        return matrix.gather(1, self.columns).masked_fill(~self.taken, absent)
+
+
+@dataclass(frozen=True)
 class Block:
     """Some anchors against all columns.
 
@@ -29,6 +41,8 @@ class Block:
         columns: ``(columns, dim)``, all workers' in rank order, further ones (a queue) after them.
         keys: ``(rows,)`` integers; anchors and columns of equal key belong together.
         column_keys: ``(columns,)``.
+        labels: ``(rows,)``; only columns of another label are negatives. Mostly the keys themselves.
+        column_labels: ``(columns,)``.
         rows: which of this worker's anchors they are.
         first: the column in which the block's first anchor stands.
     """
@@ -37,6 +51,8 @@ class Block:
     columns: Tensor
     keys: Tensor
     column_keys: Tensor
+    labels: Tensor
+    column_labels: Tensor
     rows: slice
     first: int
 
@@ -52,13 +68,24 @@ class Block:
 
     @cached_property
     def negative(self) -> Tensor:
-        """``(rows, columns)`` bool: another key."""
-        return ~self.same
+        """``(rows, columns)`` bool: another key and another label."""
+        other = self.labels[:, None] != self.column_labels[None, :]
+        return other if self.labels is self.keys else other & ~self.same
 
     @cached_property
     def others(self) -> Tensor:
         """``(rows, columns)`` bool: everything but the anchor itself."""
         return self.without_self(torch.ones_like(self.same))
+
+    @cached_property
+    def partners(self) -> Partners:
+        """The positives by column instead of by mask; they are few."""
+        ascending, order = self.column_keys.sort(stable=True)
+        start, end = (torch.searchsorted(ascending, self.keys, right=right) for right in (False, True))
+        place = start[:, None] + torch.arange(int((end - start).max()), device=start.device)
+        column = order[place.clamp_max(len(order) - 1)]
+        itself = torch.arange(self.first, self.first + len(start), device=start.device)
+        return Partners(column, (place < end[:, None]) & (column != itself[:, None]))
 
     def without_self(self, mask: Tensor) -> Tensor:
         """A copy of a ``(rows, columns)`` mask that is False where an anchor meets itself."""
@@ -125,6 +152,8 @@ def by_blocks(
     column_keys: Tensor,
     first: int = 0,
     eager: bool = True,
+    labels: Tensor | None = None,
+    column_labels: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Evaluates a function of anchors against columns block by block.
 
@@ -140,25 +169,36 @@ def by_blocks(
         eager: take the gradient of the plain sum already in the forward pass, where the block is at hand. A sum or mean
             of the result then costs nothing in the backward pass; any other use computes the blocks once more, and
             should say ``eager=False``.
+        labels: ``(anchors,)``, and ``column_labels (columns,)``: what makes negatives, where that is not the keys.
+        column_labels: see ``labels``.
 
     Returns:
         The function's tensors, ``(anchors, ...)``; differentiable once, through the first.
     """
     size = max(16, BLOCK_ELEMENTS // max(1, len(columns)))
-    blocks = [
-        Block(anchors[rows].detach(), columns.detach(), keys[rows], column_keys, rows, first + rows.start)
-        for rows in (slice(start, start + size) for start in range(0, len(anchors), size))
-    ]
+    labels, column_labels = (keys if labels is None else labels), (column_keys if labels is None else column_labels)
+    fixed, blocks = columns.detach(), []
+    for start in range(0, len(anchors), size):
+        rows = slice(start, start + size)
+        own = keys[rows]
+        own_labels = own if labels is keys else labels[rows]
+        blocks.append(Block(anchors[rows].detach(), fixed, own, column_keys, own_labels, column_labels, rows, first + start))
     return _ByBlocks.apply(function, blocks, eager, anchors, columns)  # type: ignore[no-any-return]
 
 
 def against_batch(
-    function: BlockFunction, anchors: Tensor, keys: Tensor, gather: bool = True, eager: bool = True
+    function: BlockFunction,
+    anchors: Tensor,
+    keys: Tensor,
+    gather: bool = True,
+    eager: bool = True,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`by_blocks` of this worker's anchors against the samples of all workers, or its own without gather."""
-    first = first_column(len(anchors), gather)
     columns, column_keys = global_rows(anchors, gather), global_rows(keys, gather)
-    return by_blocks(function, anchors, columns, keys, column_keys, first, eager)
+    column_labels = None if labels is None else global_rows(labels, gather)
+    first = first_column(len(anchors), gather)
+    return by_blocks(function, anchors, columns, keys, column_keys, first, eager, labels, column_labels)
 
 
 class _LogSumExp(torch.autograd.Function):

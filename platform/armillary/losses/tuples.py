@@ -1,28 +1,36 @@
-"""Parts of tuple losses: distances, masks, miners, hinges over triplets, reducers.
+"""Parts of losses over pairs and tuples: distances, miners, hinges over triplets, reductions, and the base of the losses.
 
-Everything is ``(anchors, columns)``: anchors are this worker's samples, columns all workers'. Nothing of size
-anchors x columns x columns is ever stored.
+A loss is a distance or similarity, a selection of tuples, a function of each, and a reduction. The first three see a
+:class:`~armillary.losses.blocks.Block` of this worker's anchors against all workers' samples, so that nothing of the
+size of the whole matrix is kept, let alone of anchors x columns x columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from armillary import collectives
-from armillary.losses.global_batch import global_mean, same_label, self_mask
+from armillary.losses.blocks import Block, against_batch
+from armillary.losses.global_batch import global_mean, global_sum
+from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
 
 # Smallest squared distance under a root: its slope is infinite at 0.
 SQUARED_FLOOR = 1e-12
+REDUCTIONS = ("mean_active", "mean_all", "sum", "none")
 
 
 @dataclass(frozen=True)
-class Triplets:
-    """Per anchor, ``(anchors,)``: the sum of its triplets' losses, how many triplets, how many with a loss above 0."""
+class Terms:
+    """Per anchor, ``(anchors,)``: the sum of its tuples' losses, how many tuples, how many of them active.
+
+    A tuple is active when its loss is above 0. ``(anchors, parts)`` where parts are averaged apart and then added.
+    """
 
     losses: Tensor
     count: Tensor
@@ -31,10 +39,19 @@ class Triplets:
 
 @dataclass(frozen=True)
 class Mined:
-    """Chosen triplets: ``pairs (anchors, columns)`` bool, and for each pair the column of its negative."""
+    """Chosen triplets of each anchor, ``(rows, most)`` each: the columns of both others, and which places are taken."""
 
-    pairs: Tensor
+    positive: Tensor
     negative: Tensor
+    taken: Tensor
+
+
+# Distances and similarities.
+
+
+def cosine(anchors: Tensor, columns: Tensor) -> Tensor:
+    """Inner products ``(anchors, columns)``: cosines where the rows have unit length."""
+    return anchors @ columns.T
 
 
 def euclidean(anchors: Tensor, columns: Tensor, squared: bool) -> Tensor:
@@ -45,52 +62,91 @@ def euclidean(anchors: Tensor, columns: Tensor, squared: bool) -> Tensor:
         columns: ``(columns, dim)``.
         squared: the square, which on the unit sphere is ``2 - 2 cos``.
     """
-    square = anchors.square().sum(1)[:, None] + columns.square().sum(1)[None, :] - 2 * anchors @ columns.T
-    square = square.clamp_min(0)
+    square = torch.addmm(columns.square().sum(1)[None, :], anchors, columns.T, alpha=-2)
+    square = (square + anchors.square().sum(1)[:, None]).clamp_min(0)
     if squared:
         return square
+    return root(square)
+
+
+def root(square: Tensor) -> Tensor:
+    """The root of squared distances; 0 has zero gradient."""
     return torch.where(square > SQUARED_FLOOR, square.clamp_min(SQUARED_FLOOR).sqrt(), 0)
 
 
-def positives_and_negatives(labels: Tensor, gather: bool = True) -> tuple[Tensor, Tensor]:
-    """Masks ``(anchors, columns)``: same label but not the anchor itself, and another label."""
-    same = same_label(labels, gather)
-    return same & ~self_mask(same, gather), ~same
+def squared_euclidean(anchors: Tensor, columns: Tensor) -> Tensor:
+    """``|a - c|^2``."""
+    return euclidean(anchors, columns, squared=True)
 
 
-def _sorted_negatives(distance: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """Detached distances of each row with non-negatives pushed to infinity, ascending, and their columns."""
-    key, column = distance.detach().masked_fill(~negative, torch.inf).sort(dim=1)
-    return key, column
+def plain_euclidean(anchors: Tensor, columns: Tensor) -> Tensor:
+    """``|a - c|``."""
+    return euclidean(anchors, columns, squared=False)
 
 
-def mine_semi_hard(distance: Tensor, positive: Tensor, negative: Tensor) -> Mined:
+def cosine_distance(anchors: Tensor, columns: Tensor) -> Tensor:
+    """``1 - cos`` of unit vectors, in [0, 2]: half the squared distance."""
+    return 1 - cosine(anchors, columns)
+
+
+def squared_cosine_distance(anchors: Tensor, columns: Tensor) -> Tensor:
+    """``(1 - cos)^2`` of unit vectors."""
+    return cosine_distance(anchors, columns).square()
+
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+DISTANCES: dict[str, Distance] = {
+    "squared": squared_euclidean,
+    "plain": plain_euclidean,
+    "cosine": cosine_distance,
+    "squared_cosine": squared_cosine_distance,
+}
+
+
+def empty_logit(dtype: torch.dtype) -> float:
+    """What stands for "not there" under a log-sum-exp: its exponential is 0, and unlike infinity it gives no NaN."""
+    return torch.finfo(dtype).min / 4
+
+
+# Miners: which triplets of a block count. They compare detached distances.
+
+
+def mine_semi_hard(distance: Tensor, block: Block) -> Mined:
     """For every pair (a, p) the nearest negative farther than p; the farthest negative where there is none.
 
     Schroff et al. 2015 ask for a negative inside the margin; one outside it has loss 0 all the same.
     """
-    key, column = _sorted_negatives(distance, negative)
-    last = negative.sum(dim=1, keepdim=True) - 1
-    nearest_farther = torch.searchsorted(key, distance.detach().contiguous(), right=True)
+    partners, detached = block.partners, distance.detach()
+    key, column = detached.masked_fill(~block.negative, torch.inf).sort(dim=1)
+    last = block.negative.sum(dim=1, keepdim=True) - 1
+    nearest_farther = torch.searchsorted(key, partners.of(detached, 0.0), right=True)
     place = torch.minimum(nearest_farther, last).clamp_min(0)
-    return Mined(positive & (last >= 0), column.gather(1, place))
+    return Mined(partners.columns, column.gather(1, place), partners.taken & (last >= 0))
 
 
-def mine_batch_hard(distance: Tensor, positive: Tensor, negative: Tensor) -> Mined:
+def mine_batch_hard(distance: Tensor, block: Block) -> Mined:
     """One triplet an anchor: its farthest positive, its nearest negative. Hermans et al. 2017, arXiv 1703.07737."""
-    detached = distance.detach()
-    farthest = detached.masked_fill(~positive, -torch.inf).argmax(dim=1, keepdim=True)
-    chosen = torch.zeros_like(positive).scatter(1, farthest, True) & positive
-    return mine_hard_negative(distance, chosen, negative)
+    every = mine_hard_negative(distance, block)
+    farthest = block.partners.of(distance.detach(), -torch.inf).argmax(dim=1, keepdim=True)
+    return Mined(*(places.gather(1, farthest) for places in (every.positive, every.negative, every.taken)))
 
 
-def mine_hard_negative(distance: Tensor, positive: Tensor, negative: Tensor) -> Mined:
+def mine_hard_negative(distance: Tensor, block: Block) -> Mined:
     """For every pair (a, p) the negative nearest to a."""
-    nearest = distance.detach().masked_fill(~negative, torch.inf).argmin(dim=1, keepdim=True)
-    return Mined(positive & negative.any(dim=1, keepdim=True), nearest.expand_as(positive))
+    partners = block.partners
+    nearest, column = distance.detach().masked_fill(~block.negative, torch.inf).min(dim=1, keepdim=True)
+    return Mined(partners.columns, column.expand_as(partners.columns), partners.taken & (nearest < torch.inf))
 
 
-MINERS = {"semi_hard": mine_semi_hard, "batch_hard": mine_batch_hard, "hard_negative": mine_hard_negative}
+Miner = Callable[[Tensor, Block], Mined]
+MINERS: dict[str, Miner] = {
+    "semi_hard": mine_semi_hard,
+    "batch_hard": mine_batch_hard,
+    "hard_negative": mine_hard_negative,
+}
+
+
+# Losses of triplets.
 
 
 def hinge(difference: Tensor, margin: float, soft: bool) -> Tensor:
@@ -98,69 +154,166 @@ def hinge(difference: Tensor, margin: float, soft: bool) -> Tensor:
     return F.softplus(difference) if soft else F.relu(difference + margin)
 
 
-def mined_triplets(distance: Tensor, mined: Mined, margin: float, soft: bool) -> Triplets:
+def mined_triplets(distance: Tensor, mined: Mined, margin: float, soft: bool) -> Terms:
     """The losses of chosen triplets."""
-    losses = hinge(distance - distance.gather(1, mined.negative), margin, soft)
-    losses = torch.where(mined.pairs, losses, 0)
-    return Triplets(losses.sum(1), mined.pairs.sum(1), (losses > 0).sum(1))
+    losses = hinge(distance.gather(1, mined.positive) - distance.gather(1, mined.negative), margin, soft)
+    losses = losses.masked_fill(~mined.taken, 0)
+    return Terms(losses.sum(1), mined.taken.sum(1), (losses > 0).sum(1))
 
 
-def all_triplets(distance: Tensor, positive: Tensor, negative: Tensor, margin: float, soft: bool) -> Triplets:
-    """The losses of every (a, p, n), without enumerating them."""
-    count = positive.sum(1) * negative.sum(1)
-    if soft:
-        return Triplets(_soft_sum(distance, positive, negative), count, count)
-    losses, active = _hinge_sum(distance, positive, negative, margin)
-    return Triplets(losses, count, active)
+def all_triplets(distance: Tensor, block: Block, margin: float, soft: bool) -> Terms:
+    """The losses of every (a, p, n), without enumerating them.
 
-
-def _hinge_sum(distance: Tensor, positive: Tensor, negative: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Per anchor ``sum_{p, n} [D_ap - D_an + m]_+`` and the number of terms above 0.
-
-    With negatives in ascending order and k the number of those below D_ap + m, the sum over n is
-    ``k (D_ap + m) - (sum of the k smallest D_an)``: one sort, one cumulative sum.
+    Summed over p and n, a loss of ``D_ap - D_an`` has the gradient ``k_p`` with respect to ``D_ap`` and ``-w_n`` with
+    respect to ``D_an``: the slopes summed over the other index. So ``sum_p k_p D_ap - sum_n w_n D_an``, with k and w
+    constant, has the right gradient; a constant makes its value right too.
     """
-    key, column = _sorted_negatives(distance, negative)
-    ascending = torch.where(key < torch.inf, distance.gather(1, column), 0)
-    smallest = F.pad(ascending.cumsum(dim=1), (1, 0))
-    threshold = distance + margin
-    below = torch.searchsorted(key, threshold.detach().contiguous()).minimum(negative.sum(1, keepdim=True))
-    sums = below * threshold - smallest.gather(1, below)
-    return torch.where(positive, sums, 0).sum(1), torch.where(positive, below, 0).sum(1)
+    with torch.no_grad():
+        weigh = _soft_weights if soft else _hinge_weights
+        of_positives, of_negatives, constant, active = weigh(distance.detach(), block, margin)
+    near = (block.partners.of(distance, 0.0) * of_positives).sum(1)
+    losses = near - (distance * of_negatives).sum(1) + constant
+    return Terms(losses, block.partners.taken.sum(1) * block.negative.sum(1), active)
 
 
-def _soft_sum(distance: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """Per anchor ``sum_{p, n} log(1 + exp(D_ap - D_an))``, one positive of every anchor at a time."""
+def _hinge_weights(distance: Tensor, block: Block, margin: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How many hinges of each positive and each negative are open.
 
-    def one_positive(distance: Tensor, column: Tensor) -> Tensor:
-        losses = F.softplus(distance.gather(1, column) - distance)
-        return torch.where(positive.gather(1, column) & negative, losses, 0).sum(1)
+    With the thresholds ``t_p = D_ap + m`` in ascending order, the place of D_an among them says which are open: one
+    binary search among the few positives for every negative, and a histogram of the places.
+    """
+    threshold, rank = (block.partners.of(distance, -torch.inf) + margin).sort(dim=1)
+    most = threshold.shape[1]
+    place = torch.searchsorted(threshold, distance.contiguous(), right=True).masked_fill_(~block.negative, most)
+    of_negatives = (most - place).to(distance.dtype)
+    histogram = distance.new_zeros(len(distance), most + 1)
+    histogram.scatter_add_(1, place, distance.new_ones(()).expand_as(distance))
+    opened = histogram[:, :most].cumsum(1).masked_fill(threshold == -torch.inf, 0)
+    of_positives = torch.zeros_like(opened).scatter_(1, rank, opened)
+    active = opened.sum(1)
+    return of_positives, of_negatives, active * margin, active.long()
 
-    positives_first = positive.long().argsort(dim=1, descending=True)
-    total = distance.new_zeros(len(distance))
-    for place in range(int(positive.sum(1).max())):
-        column = positives_first[:, place : place + 1]
-        # Keeping every positive's (anchors, columns) for the backward pass would be a batch^3 tensor after all.
-        total = total + checkpoint(one_positive, distance, column, use_reentrant=False, preserve_rng_state=False)
-    return total
+
+def _soft_weights(distance: Tensor, block: Block, _margin: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The slopes of ``log(1 + exp(D_ap - D_an))``, one positive of every anchor at a time."""
+    partners, total = block.partners, torch.zeros_like(distance[:, 0])
+    absent = empty_logit(distance.dtype)
+    of_positives, of_negatives = torch.zeros_like(partners.of(distance, 0.0)), torch.zeros_like(distance)
+    for number, near in enumerate(partners.of(distance, absent).unbind(1)):
+        difference = (near[:, None] - distance).masked_fill_(~block.negative, absent)
+        total += F.softplus(difference).sum(1)
+        slope = difference.sigmoid_()
+        of_positives[:, number] = slope.sum(1)
+        of_negatives += slope
+    constant = total - (partners.of(distance, 0.0) * of_positives).sum(1) + (distance * of_negatives).sum(1)
+    return of_positives, of_negatives, constant, partners.taken.sum(1) * block.negative.sum(1)
 
 
-def reduce_triplets(triplets: Triplets, reduction: str, gather: bool = True) -> Tensor:
-    """One value from the anchors' triplets, over all workers.
+# Reduction.
+
+
+def reduce_terms(terms: Terms, reduction: str, gather: bool = True, seen: int = 1) -> Tensor:
+    """One value from the anchors' tuples, over all workers.
 
     Args:
-        triplets: local anchors' sums and counts.
-        reduction: ``sum`` over triplets (the paper's), ``mean_all`` over triplets, ``mean_active`` over those with a
-            loss above 0, or ``none``: each anchor's sum, ``(anchors,)``.
-        gather: whether the other workers' triplets count.
+        terms: local anchors' sums and counts.
+        reduction: ``sum`` over tuples, ``mean_all`` over tuples, ``mean_active`` over those with a loss above 0, or
+            ``none``: each anchor's sum, ``(anchors,)``.
+        gather: whether the other workers' tuples count.
+        seen: how many anchors see the same tuple; a pair is seen from both ends.
 
     Returns:
-        A scalar whose mean over workers is the global value, 0 where there is no (active) triplet.
+        A scalar whose mean over workers is the global value, 0 where there is no (active) tuple.
     """
     if reduction == "none":
-        return triplets.losses
-    total = triplets.losses.sum()
+        return terms.losses if terms.losses.ndim == 1 else terms.losses.sum(1)
     if reduction == "sum":
-        return total * (collectives.world_size() if gather else 1)
-    count = triplets.count if reduction == "mean_all" else triplets.active
-    return global_mean(total, count.sum(), gather)
+        return terms.losses.sum() * ((collectives.world_size() if gather else 1) / seen)
+    if reduction == "mean_all":
+        return global_mean(terms.losses.sum(), terms.count.sum(), gather)
+    return global_mean(terms.losses.sum(0), terms.active.sum(0), gather).sum()
+
+
+class TupleLoss(nn.Module):
+    """Base of the losses over a batch's pairs, triplets and larger tuples; a subclass defines :meth:`terms`.
+
+    Args:
+        normalize: bring the embeddings to unit length first.
+        reduction: ``mean_active``, ``mean_all``, ``sum`` or ``none``; see :func:`reduce_terms`.
+        gather: see the other workers' samples.
+
+    Raises:
+        ValueError: an unknown option; in ``forward`` a wrong shape.
+    """
+
+    unit: ClassVar[str] = "pairs"
+    # How many anchors see one tuple.
+    seen: ClassVar[int] = 1
+    # Whether the reduction weighs all anchors' losses alike, so that their gradient can be taken at once.
+    uniform: ClassVar[bool] = True
+
+    def __init__(self, normalize: bool = True, reduction: str = "mean_all", gather: bool = True) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.normalize, self.reduction, self.gather = normalize, reduction, gather
+
+    def terms(self, block: Block) -> Terms:
+        """The tuples of some anchors."""
+        raise NotImplementedError(f"{type(self).__name__} does not define terms")
+
+    def prepare(self, vectors: Tensor, labels: Tensor, apart: Tensor | None) -> Tensor:
+        """What stands for each sample in the blocks, ``(batch, ...)``: its vector, and what else a pair must know of it."""
+        return vectors
+
+    def extra_repr(self) -> str:
+        """The options, for ``print(loss)``."""
+        shown = {key: value for key, value in vars(self).items() if isinstance(value, (int, float, str))}
+        return ", ".join(f"{key}={value}" for key, value in shown.items() if key[0] != "_" and key != "training")
+
+    @float32_math
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        apart: Tensor | None = None,
+        metrics: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss of the batch.
+
+        Args:
+            embeddings: ``(batch, dim)``.
+            labels: ``(batch,)`` integers: samples of equal label are positives of each other.
+            apart: ``(batch,)`` integers where not every other label is a negative: samples of equal ``apart`` are none.
+            metrics: receives the number of tuples (``pairs``, ``triplets`` or ``anchors``), how many are ``active``
+                (their loss is above 0), ``active_share``, ``empty`` (1 for a batch without an active one) and
+                ``positives_per_anchor``.
+
+        Returns:
+            A scalar, or ``(batch,)`` with ``reduction="none"``.
+        """
+        check_embeddings(embeddings, labels)
+        anchors = self.prepare(normalize(embeddings) if self.normalize else embeddings, labels, apart)
+
+        def of_block(block: Block) -> tuple[Tensor, ...]:
+            found = self.terms(block)
+            return found.losses, found.count, found.active, block.partners.taken.sum(1)
+
+        eager = self.reduction != "none" and (self.uniform or self.reduction != "mean_active")
+        losses, count, active, positives = against_batch(of_block, anchors, labels, self.gather, eager, apart)
+        if metrics is not None:
+            metrics.update(self.count(count, active, positives, embeddings.dtype))
+        terms = Terms(losses, count, active)
+        return reduce_terms(terms, self.reduction, self.gather, self.seen) + not_a_number_guard(embeddings)
+
+    def count(self, count: Tensor, active: Tensor, positives: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What there was to learn from, over all workers."""
+        total, opened = (global_sum(given.sum(), self.gather).to(dtype) for given in (count, active))
+        anchors = positives.new_tensor(len(positives))
+        return {
+            self.unit: total / self.seen,
+            "active": opened / self.seen,
+            "active_share": opened / total.clamp_min(1),
+            "empty": (opened == 0).to(dtype),
+            "positives_per_anchor": global_mean(positives.sum().to(dtype), anchors, self.gather),
+        }
