@@ -25,8 +25,10 @@ def images() -> Tensor:
     return (smooth * 255).to(torch.uint8)
 
 
-def pixels(views: Views, images: Tensor, index: Tensor = INDEX, **coordinates: int) -> Tensor:
-    return views(images, index, **{"seed": 1, "epoch": 2, "view": 0, **coordinates}).pixels
+def pixels(
+    views: Views, images: Tensor, index: Tensor = INDEX, *, seed: int = 1, epoch: int = 2, view: int = 0
+) -> Tensor:
+    return views(images, index, seed=seed, epoch=epoch, view=view).pixels
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -56,8 +58,8 @@ def test_every_coordinate_changes_every_sample(images: Tensor, recipe: str) -> N
     views = make_views(recipe, {"jitter_p": 1.0, "brightness": 0.3, "share": []})
     images = images[:1].expand(12, -1, -1, -1)
     base = pixels(views, images)
-    for other in ({"seed": 2}, {"epoch": 3}, {"view": 1}):
-        changed = pixels(views, images, **other)
+    for seed, epoch, view in ((2, 2, 0), (1, 3, 0), (1, 2, 1)):
+        changed = pixels(views, images, seed=seed, epoch=epoch, view=view)
         if changed.shape == base.shape:
             assert ((changed - base).abs().amax(dim=(1, 2, 3)) > 1e-3).all()
     distances = torch.cdist(base.flatten(1), base.flatten(1)) + torch.eye(12)
