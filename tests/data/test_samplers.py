@@ -89,7 +89,80 @@ def test_long_tails_are_levelled() -> None:
 
 @pytest.mark.parametrize(("size", "k", "complaint"), [(64, 3, "n x 3"), (232, 4, "58 classes"), (64, 0, "n x 0")])
 def test_impossible_batches_show_the_arithmetic(size: int, k: int, complaint: str) -> None:
+    needs = Needs(sampler="class_balanced", samples_per_class=k)
     with pytest.raises(UserError) as error:
-        needs = Needs(sampler="class_balanced", samples_per_class=k)
         global_batches(needs, size, Population(LABELS), seed=0, epoch=0)
     assert complaint in str(error.value)
+
+
+def set_population(lengths: list[list[int]]) -> Population:
+    """Classes with sets of those lengths; set numbers are shared by classes, and the rows are mixed up."""
+    labels = torch.cat([torch.full((sum(sets),), label) for label, sets in enumerate(lengths)])
+    numbers = torch.cat([torch.arange(len(sets)).repeat_interleave(torch.tensor(sets)) for sets in lengths])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return Population(labels[order], numbers[order])
+
+
+def set_batches(population: Population, p: int, s: int, k: int, seed: int = 0) -> Tensor:
+    needs = Needs(sampler="image_sets", sets_per_class=s, samples_per_set=k)
+    return global_batches(needs, p * s * k, population, seed=seed, epoch=0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=6), min_size=2, max_size=8),
+    s=st.integers(1, 3),
+    k=st.integers(1, 5),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_batches_of_sets_are_p_by_s_by_k(lengths: list[list[int]], s: int, k: int, share: float, seed: int) -> None:
+    population = set_population(lengths)
+    assert population.sets is not None
+    p = 1 + int(share * (len(lengths) - 1))
+    plan = set_batches(population, p, s, k, seed)
+    assert plan.shape == (steps_per_epoch(len(population), p * s * k), p * s * k)
+    assert torch.equal(plan, set_batches(population, p, s, k, seed))
+    for step in plan.view(-1, p, s, k):
+        labels, numbers = population.labels[step], population.sets[step]
+        assert (labels == labels[:, :1, :1]).all()
+        assert len(labels[:, 0, 0].unique()) == p
+        assert (numbers == numbers[:, :, :1]).all(), "a set's images stand together"
+        for label, sets, rows in zip(labels[:, 0, 0].tolist(), numbers[:, :, 0], step, strict=True):
+            assert len(sets.unique()) == min(s, len(lengths[label])), "different sets, if there are that many"
+            for number, images in zip(sets.tolist(), rows, strict=True):
+                size = lengths[label][number]
+                times = torch.unique(images, return_counts=True)[1]
+                assert len(times) == min(k, size)
+                assert times.max() <= -(-k // size)
+
+
+def test_long_sets_come_more_often_and_all_their_images_come() -> None:
+    # One class with a set of 40 images and four of 4, K = 4: a round is 10 + 4 turns.
+    population = set_population([[40, 4, 4, 4, 4], [56]])
+    assert population.sets is not None
+    plan = set_batches(population, 2, 1, 4)
+    assert plan.shape == (14, 8)
+    first = plan[population.labels[plan] == 0]
+    assert sorted(first.tolist()) == sorted((population.labels == 0).nonzero().flatten().tolist())
+
+
+def test_short_sets_meet_short_ones() -> None:
+    population = set_population([[2] * 8 + [16] * 8, [144]])
+    assert population.sets is not None
+    plan = set_batches(population, 1, 2, 4)
+    together = population.sets[plan].view(-1, 2, 4)[:, :, 0][population.labels[plan[:, 0]] == 0]
+    short = (together < 8).sum(dim=1)
+    assert set(short.tolist()) <= {0, 2}
+    assert 2 in short.tolist()
+
+
+def test_impossible_batches_of_sets_show_the_arithmetic() -> None:
+    population = set_population([[4, 4], [4, 4]])
+    with pytest.raises(UserError, match=r"needs 3 classes; there are 2"):
+        set_batches(population, 3, 2, 2)
+    needs = Needs(sampler="image_sets", sets_per_class=2, samples_per_set=3)
+    with pytest.raises(UserError, match=r"not a multiple of 6 images a class \(2 sets of 3\)"):
+        global_batches(needs, 16, population, seed=0, epoch=0)
+    with pytest.raises(UserError, match="column image_set"):
+        global_batches(needs, 12, Population(population.labels), seed=0, epoch=0)

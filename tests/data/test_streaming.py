@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from armillary.data import streaming
+from armillary.data.decode import Cells, decode_into
+from armillary.data.images import UnreadableImage
 from armillary.data.loader import Batches
 from armillary.data.pixels import ArrayImages, PixelSource, mean_image
 from armillary.data.samplers import Population
@@ -61,9 +63,9 @@ def dataset(request: pytest.FixtureRequest, small_groups: None) -> Dataset:
     return write(encoded=request.param == "encoded")
 
 
-def write(encoded: bool = True) -> Dataset:
+def write(encoded: bool = True, name: str = "photos") -> Dataset:
     return write_dataset(
-        "photos",
+        name,
         records(encoded),
         class_names=[str(label) for label in range(CLASSES)],
         columns={"quality": "float32", "caption": "string"},
@@ -320,3 +322,41 @@ def test_stopping_in_the_middle_leaves_no_threads(dataset: Dataset) -> None:
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+def test_an_object_store_streams_the_same(small_groups: None, bucket: str) -> None:
+    write()
+    write(name=f"{bucket}/photos")
+    local = load("stream")
+    remote = prepare(DataSpec(name=f"{bucket}/photos", load="stream", buffer=64), seed=0)
+    pairs = zip(batches(local).epoch(0, 20), batches(remote).epoch(0, 20), strict=True)
+    assert all(same(one, other) for one, other in pairs)
+
+
+def test_jpegs_are_decoded_as_pillow_does() -> None:
+    rng = np.random.default_rng(1)
+    images = [Image.fromarray(rng.integers(0, 256, (23, 31, 3), dtype=np.uint8)) for _ in range(6)]
+    files, shapes = [], []
+    for at, image in enumerate(images):
+        file = io.BytesIO()
+        if at == 4:
+            image = image.convert("L")
+        if at == 5:
+            image = image.convert("CMYK")
+        image.save(file, "JPEG", quality=40 + 10 * at, subsampling=at % 3, progressive=at == 3)
+        files.append(memoryview(file.getvalue()))
+        shapes.append((23, 31, 1 if at == 4 else 3))
+    out = np.empty((6, 3, 23, 31), dtype=np.uint8)
+    decode_into(Cells(files, np.array(shapes)), "encoded", out)
+    for file, pixels in zip(files, out, strict=True):
+        expected = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).transpose(2, 0, 1)
+        np.testing.assert_array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3), (9000, 9000, 3), (8, 8, 3), (8, 9, 1)])
+def test_images_that_are_not_what_they_claim_are_refused(shape: tuple[int, int, int]) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 9)).save(file, "JPEG")
+    for data in (file.getvalue(), file.getvalue()[:-40], b"\xff\xd8\xff", b""):
+        with pytest.raises(UnreadableImage):
+            decode_into(Cells([memoryview(data)], np.array([shape])), "encoded", np.empty((1, 3, 8, 8), np.uint8))
