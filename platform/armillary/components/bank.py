@@ -48,9 +48,10 @@ class MemoryBank(nn.Module):
         self._held = Held()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
+        rows, written = self.rows, self.written
         super()._apply(fn, recurse)
-        if self.host:
-            self.rows, self.written = self.rows.cpu(), self.written.cpu()
+        if self.host and self.rows.device.type != "cpu":
+            self.rows, self.written = rows.to(self.rows.dtype), written
         return self
 
     def lookup(self, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random numbers that are a pure function of their coordinates, for views and splits.
+"""Random numbers that are a pure function of their coordinates, for views, splits, masks and dropout.
 
 A generator with state would make a sample's augmentation depend on what was drawn before it, hence on the batch, the
 rank and the number of workers. Here every number is the hash of where it is used: SplitMix64 (Steele, Lea and Flood,
@@ -7,6 +7,8 @@ computed in wrapping int64 tensors. The bits are the same on every device, worke
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -65,6 +67,23 @@ def words(keys: Tensor, count: int) -> Tensor:
 def uniforms(keys: Tensor, count: int) -> Tensor:
     """``count`` float32 numbers, uniform in [0, 1) in steps of 2^-24, for every key: ``(len(keys), count)``."""
     return ((words(keys, count) >> 40) & ((1 << 24) - 1)).to(torch.float32) * 2.0**-24
+
+
+def normals(keys: Tensor, count: int) -> Tensor:
+    """``count`` float32 numbers of the standard normal distribution for every key (Box and Muller 1958)."""
+    u = uniforms(keys, 2 * count)
+    # 1 - u lies in (0, 1], where the logarithm is finite.
+    return (-2 * (1 - u[:, :count]).log()).sqrt() * (2 * math.pi * u[:, count:]).cos()
+
+
+def integers(keys: Tensor, count: int, high: int) -> Tensor:
+    """``count`` int64 numbers in 0 .. high - 1 for every key; high at most 2^24."""
+    return (uniforms(keys, count).double() * high).long()
+
+
+def permutations(keys: Tensor, size: int) -> Tensor:
+    """One order of 0 .. size - 1 for every key, ``(len(keys), size)`` int64."""
+    return words(keys, size).argsort(dim=1, stable=True)
 
 
 def shuffled(values: Tensor, base: int) -> Tensor:
