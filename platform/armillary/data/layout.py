@@ -213,11 +213,14 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     if not location.startswith("s3://"):
         raise UserError(f"cannot read datasets from {location!r}", key="data.name", allowed="a name, a path, s3://...")
+    # Only the bucket goes through the parser of URIs: keys may hold any letter. pyarrow's options may follow.
+    base, options = re.fullmatch(r"s3://(.*?)(\?[a-z_]+=.*)?", location, re.DOTALL).groups("")  # type: ignore[union-attr]
+    bucket, _, path = base.partition("/")
     try:
-        filesystem, path = fs.FileSystem.from_uri(location)
+        filesystem, _ = fs.FileSystem.from_uri(f"s3://{bucket}{options}")
     except (ValueError, OSError) as error:
         raise UserError(f"cannot open {location!r}: {error}", key="data.name") from error
-    return filesystem, path.rstrip("/")
+    return filesystem, f"{bucket}/{path}".rstrip("/")
 
 
 def arrow_schema(columns: dict[str, ColumnType]) -> pa.Schema:

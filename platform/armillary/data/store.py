@@ -264,8 +264,8 @@ def open_dataset(name_or_path: str) -> Dataset:
     location = dataset_location(name_or_path)
     filesystem, root = filesystem_of(location)
     try:
-        with filesystem.open_input_stream(f"{root}/manifest.json") as stream:
-            content = stream.read(_MANIFEST_LIMIT)
+        with filesystem.open_input_file(f"{root}/manifest.json") as file:
+            content = file.read(min(file.size(), _MANIFEST_LIMIT))
     except FileNotFoundError:
         raise _missing(name_or_path) from None
     except OSError as error:

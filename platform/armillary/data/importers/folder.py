@@ -74,23 +74,23 @@ def _lfw_pairs(source: Source, path: str, position: Mapping[tuple[str, str], int
             raise UserError(f"there is no image {number!r} of {person!r}", where=where) from None
 
     where = path
-    with source.text(path) as file:
-        head = file.readline().split()
-        if len(head) not in (1, 2) or not all(part.isdigit() and 0 < int(part) < 10**7 for part in head):
-            raise UserError(f"{path} starts with {' '.join(head)[:80]!r}", allowed="`FOLDS PAIRS` or `PAIRS`")
-        folds, each = (int(head[0]), int(head[1])) if len(head) == 2 else (1, int(head[0]))
-        pairs: list[Pair] = []
-        for number, line in enumerate(file):
-            fields = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
-            where = f"{path}:{number + 2}"
-            if not "".join(fields).strip():
-                continue
-            if len(fields) not in (3, 4):
-                raise UserError(f"{line[:80]!r} is no pair", where=where, allowed="3 or 4 fields")
-            same = len(fields) == 3
-            second = fields[0] if same else fields[2]
-            first = locate(fields[0], fields[1])
-            pairs.append(Pair(first, locate(second, fields[-1]), same, len(pairs) // (2 * each)))
+    lines = source.lines(path)
+    head = next(lines, "").split()
+    if len(head) not in (1, 2) or not all(part.isdigit() and 0 < int(part) < 10**7 for part in head):
+        raise UserError(f"{path} starts with {' '.join(head)[:80]!r}", allowed="`FOLDS PAIRS` or `PAIRS`")
+    folds, each = (int(head[0]), int(head[1])) if len(head) == 2 else (1, int(head[0]))
+    pairs: list[Pair] = []
+    for number, line in enumerate(lines):
+        fields = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+        where = f"{path}:{number + 2}"
+        if not "".join(fields).strip():
+            continue
+        if len(fields) not in (3, 4):
+            raise UserError(f"{line[:80]!r} is no pair", where=where, allowed="3 or 4 fields")
+        same = len(fields) == 3
+        second = fields[0] if same else fields[2]
+        first = locate(fields[0], fields[1])
+        pairs.append(Pair(first, locate(second, fields[-1]), same, len(pairs) // (2 * each)))
     alike = sum(pair.same for pair in pairs)
     if (alike, len(pairs)) != (folds * each, 2 * folds * each):
         found = f"{alike} pairs of one person and {len(pairs) - alike} of two"

@@ -72,19 +72,18 @@ def _read_templates(source: Source, path: str) -> tuple[dict[str, int], tuple[ar
     images: dict[str, int] = {}
     position: dict[str, int] = {}
     columns = array("q"), array("q"), array("q")
-    with source.text(path) as file:
-        for number, line in enumerate(file, start=1):
-            fields = line.split()
-            if not fields:
-                continue
-            if len(fields) != 3:
-                raise UserError(f"{line[:80]!r}", where=f"{path}:{number}", allowed="image template media")
-            image = safe_path(fields[0], f"{path}:{number}")
-            template, media = _numbers(fields[1:], f"{path}:{number}")
-            images.setdefault(image, template)
-            columns[0].append(position.setdefault(image, len(position)))
-            columns[1].append(template)
-            columns[2].append(media)
+    for number, line in enumerate(source.lines(path), start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        if len(fields) != 3:
+            raise UserError(f"{line[:80]!r}", where=f"{path}:{number}", allowed="image template media")
+        image = safe_path(fields[0], f"{path}:{number}")
+        template, media = _numbers(fields[1:], f"{path}:{number}")
+        images.setdefault(image, template)
+        columns[0].append(position.setdefault(image, len(position)))
+        columns[1].append(template)
+        columns[2].append(media)
     if not images:
         raise UserError(f"{path} is empty")
     return images, columns
@@ -94,19 +93,18 @@ def _read_matches(source: Source, path: str, known: set[int]) -> tuple[array[int
     from array import array
 
     columns = array("q"), array("q"), array("q")
-    with source.text(path, limit=2**33) as file:
-        for number, line in enumerate(file, start=1):
-            fields = line.split()
-            if not fields:
-                continue
-            where = f"{path}:{number}"
-            if len(fields) != 3 or fields[2] not in ("0", "1"):
-                raise UserError(f"{line[:80]!r}", where=where, allowed="template template 1, or 0 for two people")
-            first, second, same = _numbers(fields, where)
-            if first not in known or second not in known:
-                raise UserError(f"there is no template {first if first not in known else second}", where=where)
-            for column, value in zip(columns, (first, second, same), strict=True):
-                column.append(value)
+    for number, line in enumerate(source.lines(path), start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        where = f"{path}:{number}"
+        if len(fields) != 3 or fields[2] not in ("0", "1"):
+            raise UserError(f"{line[:80]!r}", where=where, allowed="template template 1, or 0 for two people")
+        first, second, same = _numbers(fields, where)
+        if first not in known or second not in known:
+            raise UserError(f"there is no template {first if first not in known else second}", where=where)
+        for column, value in zip(columns, (first, second, same), strict=True):
+            column.append(value)
     return columns
 
 

@@ -51,6 +51,9 @@ def read_recordio(source: Source, options: ImageOptions) -> Contents:
     size = source.stat(path).size
     keys, offsets = _read_index(source, index_path, size)
     with source.open(path) as file:
+        _read_record(file, max(offsets), path)
+        if file.tell() + -file.tell() % 4 != size:
+            raise UserError(f"{index_path} does not reach the end of {path}: one of them is cut off or damaged")
         first = _header(_read_record(file, offsets[0], path), path) if keys[0] == 0 else None
         if first is not None and len(first.labels) == 2:
             end, last = (int(label) for label in first.labels)
@@ -87,17 +90,16 @@ def _people(path: str, people: int, offsets: array[int]) -> int:
 
 def _read_index(source: Source, path: str, size: int) -> tuple[array[int], array[int]]:
     keys, offsets = array("q"), array("q")
-    with source.text(path, limit=2**33) as file:
+    for number, line in enumerate(source.lines(path), start=1):
         try:
-            for number, line in enumerate(file, start=1):
-                key, offset = (int(part) for part in line.split())
-                if not (0 <= key < 2**62 and 0 <= offset <= size - _WORDS.size):
-                    where = f"{path}:{number}"
-                    raise UserError(f"record {key} at byte {offset} is outside the {size:,} bytes", where=where)
-                keys.append(key)
-                offsets.append(offset)
-        except (ValueError, OverflowError):
+            key, offset = (int(part) for part in line.split())
+        except ValueError:
             raise UserError(f"{path}:{number} is not `key offset`: the index is damaged") from None
+        if not (0 <= key < 2**62 and 0 <= offset <= size - _WORDS.size):
+            where = f"{path}:{number}"
+            raise UserError(f"record {key} at byte {offset} is outside the {size:,} bytes", where=where)
+        keys.append(key)
+        offsets.append(offset)
     if not keys:
         raise UserError(f"{path} is empty")
     return keys, offsets

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Text and images compress less than this; what unpacks further after so many bytes is a decompression bomb.
 MAX_RATIO = 200
+MAX_LINE = 2**20
 _RATIO_FREE = 64 * 2**20
 
 
@@ -146,11 +148,22 @@ class Source:
             raise UnreadableImage(f"more than {limit:,} bytes")
         return content
 
-    def text(self, path: str, limit: int = 2**30) -> IO[str]:
-        """Opens a list or a table for reading line by line, as UTF-8."""
-        if self.stat(path).size > limit:
-            raise UserError(f"{path} is larger than {limit:,} bytes")
-        return io.TextIOWrapper(self.open(path), encoding="utf-8", errors="strict", newline="")
+    def lines(self, path: str) -> Iterator[str]:
+        """The lines of a list or a table with their ends, read as UTF-8.
+
+        Raises:
+            UserError: no such file, not UTF-8, or a line of more than :data:`MAX_LINE` letters.
+        """
+        done = 0
+        with io.TextIOWrapper(self.open(path), encoding="utf-8", newline="") as file:
+            try:
+                while line := file.readline(MAX_LINE):
+                    done += 1
+                    if len(line) == MAX_LINE:
+                        raise UserError(f"a line of more than {MAX_LINE:,} letters", where=f"{path}:{done}")
+                    yield line
+            except UnicodeDecodeError:
+                raise UserError(f"{path} is not UTF-8 text after line {done}") from None
 
     def _full(self, path: str) -> str:
         full = f"{self.root}/{safe_path(path, self.location)}"

@@ -26,6 +26,7 @@ from armillary.spec.errors import UserError
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 _TEXT_LIMIT = 2**20
 _MAX_SHARDS = 100_000
+_DRAIN = 2**16
 
 
 class _Sample(NamedTuple):
@@ -181,6 +182,9 @@ def _samples(source: Source, path: str, label_key: str, *, images: bool) -> Iter
         stream.seek(tar.offset)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise UserError(f"{path} is cut off or damaged: it has no end mark at byte {tar.offset:,}")
+        # What follows are zeros, and behind them the checksum of a gzip stream.
+        while stream.read(_DRAIN):
+            pass
 
 
 def _check_member(member: tarfile.TarInfo, path: str) -> None:
