@@ -29,9 +29,14 @@ class RowGradients:
 
     Autograd would add the gradients of the chunks, and that of the own classes, as one tensor of the size of all rows
     each. Here every reduction writes into one buffer.
+
+    Args:
+        rows: the row tensors.
+        share: a factor on the gradients in the end.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, share: float = 1.0) -> None:
+        self.share = share
         self.wanted = {name: row.requires_grad for name, row in rows.items()}
         self._sums: dict[str, Tensor] = {}
 
@@ -70,7 +75,8 @@ class EnterRows(Function):
             if not ctx.gradients.wanted[name]:
                 totals.append(None)
                 continue
-            totals.append(ctx.gradients.take(name, row).index_add_(0, index, gradient.to(row.dtype)))
+            total = ctx.gradients.take(name, row).index_add_(0, index, gradient.to(row.dtype))
+            totals.append(total if ctx.gradients.share == 1 else total.mul_(ctx.gradients.share))
         return (None, None, None, *totals)
 
 

@@ -120,6 +120,8 @@ class ClassHeadLoss(nn.Module):
     Attributes:
         row_names: parameters and buffers with one entry per class, which are split together.
         row_sampler: chooses the rows a step uses beside those it must (Partial FC); ``None`` uses all.
+        sampled_rows: with split and sampled rows, for each forward pass the positions of those that took part and the
+            leaves that receive their gradients; whoever trains the rows takes them away.
 
     Raises:
         ValueError: an option out of range; in ``forward`` a wrong shape, or a label outside the classes.
@@ -146,6 +148,7 @@ class ClassHeadLoss(nn.Module):
         self.margin, self.scale, self.reduction = margin, scale, reduction
         self.row_split: RowSplit | None = None
         self.row_sampler: RowSampler | None = None
+        self.sampled_rows: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
         self.reset_parameters()
 
@@ -283,6 +286,8 @@ class ClassHeadLoss(nn.Module):
             sampler=self.row_sampler,
             product_type=product_type,
         )
+        if classes.sampled is not None and torch.is_grad_enabled():
+            self.sampled_rows.append(classes.sampled)
         own = classes.own(lambda vectors, rows: self.own_class(vectors, rows, classes.paired_similarity(vectors, rows)))
         samples = Samples(embeddings, labels, classes, {name: widen(value) for name, value in info.items()}, own)
         if self.training:

@@ -42,18 +42,6 @@ class RowSplit:
         return cls(first, min(each, total - first), total)
 
 
-class _ShareOfMean(torch.autograd.Function):
-    """The identity, whose gradient is divided by the number of workers."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor) -> Tensor:
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
-        return gradients[0] / collectives.world_size()
-
-
 class Classes:
     """All classes, for the samples of one forward pass.
 
@@ -98,16 +86,13 @@ class Classes:
                 self.sampled = (self._ids, rows)
             positions = torch.where(owned, torch.searchsorted(self._ids, positions.clamp_min(0)), -1)
         self._first, self._owned = first, owned.nonzero().squeeze(1)
-        gradients = RowGradients(rows)
+        gradients = RowGradients(rows, 1 / collectives.world_size() if split else 1.0)
         self._pass = ClassPass(
             {name: row.detach() for name, row in rows.items()}, OwnEntries(positions), gradients, product_type
         )
         index = positions[self._owned]
-        entered = EnterRows.apply(gradients, tuple(rows), index, *map(self._whole_gradient, rows.values()))
+        entered = EnterRows.apply(gradients, tuple(rows), index, *rows.values())
         self._own_rows = dict(zip(rows, entered, strict=True))
-
-    def _whole_gradient(self, row: Tensor) -> Tensor:
-        return _ShareOfMean.apply(row) if self.split and row.requires_grad else row
 
     def own(self, columns: Callable[[Tensor, Rows], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Columns ``(batch, k)`` that only the holder of a sample's own row can compute.
@@ -133,8 +118,9 @@ class Classes:
 
     def paired_similarity(self, embeddings: Tensor, rows: Rows) -> Tensor:
         """Similarity of each embedding to the row beside it, ``(n, 1)``."""
-        parts = [embeddings.new_zeros(0, 1)]
-        for start in range(0, len(embeddings), PAIRS):
+        parts = []
+        # Once even for no sample: every worker must have the same graph, or their backward passes would not meet.
+        for start in range(0, max(1, len(embeddings)), PAIRS):
             these = slice(start, start + PAIRS)
             square = self.similarity(embeddings[these], {name: row[these] for name, row in rows.items()})
             parts.append(square.diagonal()[:, None])

@@ -62,7 +62,9 @@ class DataSpec(Section):
         description="memory: decoded once, shared by the workers of a node; stream: read from the store while training; "
         "auto: memory up to 4 GiB decoded",
     )
-    buffer: int = Field(16384, ge=1, description="stream: images of a window that is shuffled; memory holds their bytes")
+    buffer: int = Field(
+        16384, ge=1, description="stream: images of a window that is shuffled; memory holds their bytes"
+    )
 
 
 class ViewsSpec(OpenSection):
@@ -109,6 +111,9 @@ class TrainSpec(Section):
     precision: Literal["float32", "bf16"] = Field("float32", description="bf16: autocast, master weights stay float32")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step; must divide batch_size / workers")
     clip_norm: float = Field(0.0, ge=0, description="global gradient norm; 0 switches clipping off")
+    sample_rate: float = Field(
+        1.0, gt=0, le=1, description="share of a class head's rows that a step touches, all of the batch's among them"
+    )
     checkpoint_every: int = Field(5, ge=0, description="epochs between checkpoints; 0 keeps only the last")
     keep_checkpoints: int = Field(2, ge=1)
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="raw DeepSpeed settings, merged last")

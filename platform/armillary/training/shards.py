@@ -79,6 +79,11 @@ class ShardReader:
         """The names stored under a kind."""
         return sorted(name for stored, name in self._pieces if stored == kind)
 
+    def length(self, kind: str, name: str) -> int | None:
+        """How many elements are stored, without reading them; ``None`` for a scalar state."""
+        shapes = [self._files[number].get_slice(key).get_shape() for _, number, key in self._pieces[kind, name]]
+        return sum(shape[0] for shape in shapes) if all(shapes) else None
+
     def whole(self, kind: str, name: str) -> Tensor:
         """The whole tensor, flattened; a scalar state stays a scalar."""
         pieces = self._pieces[kind, name]
