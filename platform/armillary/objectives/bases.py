@@ -44,6 +44,8 @@ class ProjectedViewsObjective(Objective):
 
     needs = Needs(views=2, recipe="simclr", components=("projector",), batch_coupled=True)
     projector_norm: ClassVar[bool] = True
+    # Batch norm behind the last layer too; losses that standardise for themselves do without.
+    projector_last_norm: ClassVar[bool] = True
 
     def build(self, context: BuildContext) -> None:
         """Makes the projector."""
@@ -54,7 +56,7 @@ class ProjectedViewsObjective(Objective):
             options.projection_dim,
             options.projection_layers,
             norm=self.projector_norm,
-            last_norm=self.projector_norm,
+            last_norm=self.projector_norm and self.projector_last_norm,
         )
 
     def project(self, views: tuple[Tensor, ...]) -> Tensor:
