@@ -19,15 +19,17 @@ from armillary.data.identities.canvas import Canvas
 from armillary.data.identities.people import Floats
 
 Triple = tuple[Floats, Floats, Floats]
+
 # Beyond a silhouette the root is taken of this instead of a negative number.
 _TINY = np.float32(1e-6)
 
 
 @dataclass(frozen=True)
 class Rays:
-    """Where the pixels look: camera coordinates ``(n, pixels)`` and their products, and the heads' rotations.
+    """Where the pixels look, in camera coordinates, and how the n heads are turned.
 
-    ``axes[i]`` is the head's i-th axis in the camera's frame, three arrays ``(n, 1)``.
+    ``u, v`` and their products have the shape of a canvas's light. ``axes[i, j]``, ``(3, 3, n)``, is component j, in
+    the camera's frame, of the head's axis i; ``pixel`` ``(n,)`` a pixel's breadth.
     """
 
     u: Floats
@@ -35,28 +37,31 @@ class Rays:
     uu: Floats
     uv: Floats
     vv: Floats
-    axes: tuple[Triple, Triple, Triple]
+    axes: Floats
     pixel: Floats
 
     def pick(self, zone: Canvas) -> Rays:
-        """The rays of a zone's pixels, everything ``(m,)``."""
-        first, second, third = ((zone.of(a[:, 0]), zone.of(b[:, 0]), zone.of(c[:, 0])) for a, b, c in self.axes)
-        u, v, uu, uv, vv = (zone.pick(values) for values in (self.u, self.v, self.uu, self.uv, self.vv))
-        return Rays(u, v, uu, uv, vv, (first, second, third), zone.of(self.pixel[:, 0]))
+        """The rays of a zone's pixels."""
+        u, v = zone.pick(self.u), zone.pick(self.v)
+        return Rays(u, v, u * u, u * v, v * v, self.axes, self.pixel)
 
-    def seen(self, x: Floats, y: Floats, z: Floats) -> Triple:
-        """Camera coordinates ``(n, 1)`` of points of the head's frame."""
-        first, second, third = self.axes
-        return (
-            x * first[0] + y * second[0] + z * third[0],
-            x * first[1] + y * second[1] + z * third[1],
-            x * first[2] + y * second[2] + z * third[2],
+    def seen(self, place: Triple) -> Triple:
+        """Camera coordinates ``(n,)`` of points of the head's frame."""
+        x, y, z = (
+            place[0] * self.axes[0, j] + place[1] * self.axes[1, j] + place[2] * self.axes[2, j] for j in (0, 1, 2)
         )
+        return x, y, z
+
+    def in_head(self, direction: Floats) -> Triple:
+        """Directions ``(n, 3)`` of the camera's frame in the heads' frames."""
+        x, y, z = direction[:, 0], direction[:, 1], direction[:, 2]
+        first, second, third = (axis[0] * x + axis[1] * y + axis[2] * z for axis in self.axes)
+        return first, second, third
 
 
 @dataclass(frozen=True)
 class Hit:
-    """Where rays meet an ellipsoid first, ``(n, pixels)``.
+    """Where rays meet an ellipsoid first; all in the shape of the canvas's light.
 
     ``cover`` is 1 inside the silhouette, 0 outside, with a soft edge of about a pixel; ``z`` the camera's depth, larger
     is nearer; ``x, y, depth`` the point on the unit sphere in the head's axes.
@@ -97,86 +102,108 @@ def cast_rays(size: int, turn: Triple, scale: Floats, shift: tuple[Floats, Float
     np.clip(factor, 0.6, 1.6, out=factor)
     u *= factor
     zero = np.zeros_like(a)
-    axes = (
-        (np.cos(a), zero, -np.sin(a)),
-        (-np.sin(a) * np.sin(b), np.cos(b), -np.cos(a) * np.sin(b)),
-        (np.sin(a) * np.cos(b), np.sin(b), np.cos(a) * np.cos(b)),
+    zero = np.zeros_like(a)
+    axes = np.array(
+        (
+            (np.cos(a), zero, -np.sin(a)),
+            (-np.sin(a) * np.sin(b), np.cos(b), -np.cos(a) * np.sin(b)),
+            (np.sin(a) * np.cos(b), np.sin(b), np.cos(a) * np.cos(b)),
+        ),
+        dtype=np.float32,
     )
-    first, second, third = ((column(i), column(j), column(k)) for i, j, k in axes)
-    return Rays(u, v, u * u, u * v, v * v, (first, second, third), column(2 / (size * scale)))
+    return Rays(u, v, u * u, u * v, v * v, axes, 2 / (size * scale))
 
 
-def _dot(a: tuple[Floats, ...], b: tuple[Floats, ...]) -> Floats:
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-
-
-def _linear(rays: Rays, constant: Floats, u: Floats, v: Floats, scratch: Floats) -> Floats:
-    """``constant + u * rays.u + v * rays.v``."""
-    result = rays.u * u
-    np.multiply(rays.v, v, out=scratch)
-    result += scratch
-    result += constant
+def _polynomial(canvas: Canvas, rays: Rays, constant: Floats, u: Floats, v: Floats, room: Floats) -> Floats:
+    """``constant + u * rays.u + v * rays.v`` of coefficients ``(n,)``."""
+    result = rays.u * canvas.of(u)
+    np.multiply(rays.v, canvas.of(v), out=room)
+    result += room
+    result += canvas.of(constant)
     return result
 
 
-def intersect(rays: Rays, centre: Triple, radii: Triple, *, points: bool = True) -> Hit:
+def _outline(canvas: Canvas, rays: Rays, maps: Floats, offset: Floats, room: Floats) -> Floats:
+    """The discriminant: positive inside the silhouette.
+
+    ``(w.q)^2 - |w|^2 (|q|^2 - 1)`` with ``q = a u + b v + c``, expanded in u and v; the coefficients are those of the
+    bilinear form ``(w.x)(w.y) - |w|^2 (x.y)``.
+    """
+    points = np.concatenate([maps[:, :2].transpose(1, 0, 2), offset[None]])
+    w = maps[:, 2]
+    along = (points * w).sum(axis=1)
+    ww = (w * w).sum(axis=0)
+    pairs = points[[0, 0, 1, 0, 1, 2]] * points[[0, 1, 1, 2, 2, 2]]
+    uu, uv, vv, u, v, one = along[[0, 0, 1, 0, 1, 2]] * along[[0, 1, 1, 2, 2, 2]] - ww * pairs.sum(axis=1)
+    disc = _polynomial(canvas, rays, one + ww, 2 * u, 2 * v, room)
+    for products, factor in ((rays.uu, uu), (rays.uv, 2 * uv), (rays.vv, vv)):
+        np.multiply(products, canvas.of(factor), out=room)
+        disc += room
+    return disc
+
+
+def intersect(canvas: Canvas, rays: Rays, centre: Triple, radii: Triple) -> Hit:
     """The first intersection of every ray with one ellipsoid a picture.
 
     Args:
-        rays: of n pictures, or of a zone.
-        centre: in the head's frame, three ``(n, 1)``, or ``(m,)`` for a zone.
-        radii: along the head's axes, like ``centre``.
-        points: whether the surface points are wanted; without, only ``cover`` is computed and the rest is ``cover``.
+        canvas: the pictures, or a zone of them.
+        rays: its rays.
+        centre: in the head's frame, three ``(n,)``.
+        radii: along the head's axes, three ``(n,)``.
     """
-    # q = a u + b v + w z + c, one component an axis.
-    a = tuple(axis[0] / radius for axis, radius in zip(rays.axes, radii, strict=True))
-    b = tuple(axis[1] / radius for axis, radius in zip(rays.axes, radii, strict=True))
-    w = tuple(axis[2] / radius for axis, radius in zip(rays.axes, radii, strict=True))
-    c = tuple(-place / radius for place, radius in zip(centre, radii, strict=True))
-    ww, wa, wb, wc = _dot(w, w), _dot(w, a), _dot(w, b), _dot(w, c)
-    # (w.q0)^2 - |w|^2 (|q0|^2 - 1), expanded in u and v.
-    scratch = np.empty_like(rays.u)
-    du, dv = 2 * (wa * wc - ww * _dot(a, c)), 2 * (wb * wc - ww * _dot(b, c))
-    disc = _linear(rays, wc * wc - ww * (_dot(c, c) - 1), du, dv, scratch)
-    duu, duv, dvv = wa * wa - ww * _dot(a, a), 2 * (wa * wb - ww * _dot(a, b)), wb * wb - ww * _dot(b, b)
-    for products, factor in ((rays.uu, duu), (rays.uv, duv), (rays.vv, dvv)):
-        np.multiply(products, factor, out=scratch)
-        disc += scratch
-    # Near the edge disc falls by 2 |w|^2 for every mean radius of distance.
-    cover = disc * (np.sqrt(radii[0] * radii[1]) / (2 * ww * rays.pixel))
-    np.clip(cover, 0, 1, out=cover)
-    if not points:
-        return Hit(cover, cover, cover, cover, cover)
+    maps, offset, room = *_maps(rays, centre, radii), np.empty_like(rays.u)
+    disc = _outline(canvas, rays, maps, offset, room)
+    cover = _cover(canvas, rays, maps, radii, disc)
     np.maximum(disc, _TINY, out=disc)
     z = np.sqrt(disc, out=disc)
-    z -= _linear(rays, wc, wa, wb, scratch)
-    z *= 1 / ww
+    w = maps[:, 2]
+    ww = (w * w).sum(axis=0)
+    z -= _polynomial(canvas, rays, *((w * part).sum(axis=0) for part in (offset, maps[:, 0], maps[:, 1])), room)
+    z *= canvas.of(1 / ww)
     q = []
     for i in range(3):
-        point = _linear(rays, c[i], a[i], b[i], scratch)
-        np.multiply(z, w[i], out=scratch)
-        point += scratch
+        point = _polynomial(canvas, rays, offset[i], maps[i, 0], maps[i, 1], room)
+        np.multiply(z, canvas.of(w[i]), out=room)
+        point += room
         q.append(point)
     return Hit(cover, z, q[0], q[1], q[2])
 
 
-def lambert(hit: Hit, radii: Triple, light: Triple) -> Floats:
-    """Cosine between the surface's normal and the light, 0 where it is turned away; ``light`` in the head's frame."""
+def silhouette(canvas: Canvas, rays: Rays, centre: Triple, radii: Triple) -> Floats:
+    """The ``cover`` of :func:`intersect` alone."""
+    maps, offset = _maps(rays, centre, radii)
+    return _cover(canvas, rays, maps, radii, _outline(canvas, rays, maps, offset, np.empty_like(rays.u)))
+
+
+def _maps(rays: Rays, centre: Triple, radii: Triple) -> tuple[Floats, Floats]:
+    """``(3, 3, n)`` and ``(3, n)``: from camera coordinates to those of the ellipsoid's unit sphere."""
+    size = np.stack(radii)
+    return rays.axes / size[:, None], -np.stack(centre) / size
+
+
+def _cover(canvas: Canvas, rays: Rays, maps: Floats, radii: Triple, disc: Floats) -> Floats:
+    # Near the edge disc falls by 2 |w|^2 for every mean radius of distance.
+    ww = (maps[:, 2] * maps[:, 2]).sum(axis=0)
+    cover = disc * canvas.of(np.sqrt(radii[0] * radii[1]) / (2 * ww * rays.pixel))
+    return np.clip(cover, 0, 1, out=cover)  # type: ignore[no-any-return]
+
+
+def lambert(canvas: Canvas, hit: Hit, radii: Triple, light: Triple) -> Floats:
+    """Cosine between the surface's normal and the light, 0 where it is turned away.
+
+    Args:
+        canvas: the pictures, or a zone of them.
+        hit: the surface.
+        radii: the ellipsoid's, three ``(n,)``.
+        light: direction in the head's frame, three ``(n,)``.
+    """
     # The normal of |p / r| = 1 is q / r.
-    inverse = tuple(1 / radius for radius in radii)
-    length = hit.x * hit.x
-    length *= inverse[0] * inverse[0]
-    scratch = hit.y * hit.y
-    scratch *= inverse[1] * inverse[1]
-    length += scratch
-    np.multiply(hit.depth, hit.depth, out=scratch)
-    scratch *= inverse[2] * inverse[2]
-    length += scratch
-    np.sqrt(length, out=length)
-    cosine = hit.x * (inverse[0] * light[0])
-    np.multiply(hit.y, inverse[1] * light[1], out=scratch)
-    cosine += scratch
-    np.multiply(hit.depth, inverse[2] * light[2], out=scratch)
-    cosine += scratch
-    cosine /= length
+    room, length, cosine = np.empty_like(hit.x), np.zeros_like(hit.x), np.zeros_like(hit.x)
+    for point, radius, towards in zip((hit.x, hit.y, hit.depth), radii, light, strict=True):
+        np.multiply(point, canvas.of(1 / radius), out=room)
+        normal = room
+        cosine += normal * canvas.of(towards)
+        normal *= normal
+        length += normal
+    cosine /= np.sqrt(length, out=length)
     return np.maximum(cosine, 0, out=cosine)  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import numpy as np
 
 from armillary.data.identities.canvas import Canvas, above, below, ellipse
 from armillary.data.identities.features import Skin, paint_features, paint_glasses
-from armillary.data.identities.geometry import Hit, Rays, Triple, cast_rays, column, intersect, lambert
+from armillary.data.identities.geometry import Hit, Rays, Triple, cast_rays, column, intersect, lambert, silhouette
 from armillary.data.identities.people import Floats, Traits
 from armillary.data.identities.scene import MASKS, Scenes
 
@@ -28,8 +28,7 @@ class _Sun(NamedTuple):
     def on(self, canvas: Canvas, hit: Hit, radii: Triple) -> Floats:
         """The light on an ellipsoid's surface (Lambert's law)."""
         ambient = canvas.of(self.ambient)
-        x, y, z = self.direction
-        light = lambert(hit, radii, (canvas.of(x), canvas.of(y), canvas.of(z)))
+        light = lambert(canvas, hit, radii, self.direction)
         light *= 1 - ambient
         light += ambient
         return light
@@ -48,14 +47,14 @@ def render(traits: Traits, scenes: Scenes, size: int) -> Floats:
     """
     place = (scenes.shift_x, scenes.shift_y)
     rays = cast_rays(size, (scenes.yaw, scenes.pitch, scenes.roll), scenes.scale, place, traits.taper)
-    soft = (0.5 / rays.pixel)[:, 0]
+    soft = 0.5 / rays.pixel
     canvas = _background(rays, scenes)
-    sun = _Sun(_in_head(rays, scenes.light), scenes.ambient)
+    sun = _Sun(rays.in_head(scenes.light), scenes.ambient)
     _falling_hair(canvas, rays, traits)
     _shoulders(canvas, rays, traits, scenes, soft)
-    radii = (canvas.of(traits.width), canvas.of(traits.height), canvas.of(traits.depth))
-    nowhere = np.zeros_like(radii[0])
-    face = intersect(rays, (nowhere, nowhere, nowhere), radii)
+    radii = (traits.width, traits.height, traits.depth)
+    nowhere = np.zeros_like(traits.width)
+    face = intersect(canvas, rays, (nowhere, nowhere, nowhere), radii)
     canvas.paint(face.cover, canvas.tint(traits.skin), sun.on(canvas, face, radii))
     _ears(canvas, rays, face, traits, sun)
     front = above(face.depth, 0.0, 6.0)
@@ -76,13 +75,6 @@ def render(traits: Traits, scenes: Scenes, size: int) -> Floats:
 def worn_glasses(traits: Traits, scenes: Scenes) -> Floats:
     """1 for the pictures with glasses: 9 in 10 of those of people who wear any, ``(n,)``."""
     return (traits.wears_glasses & (scenes.glasses_draw < 0.9)).astype(np.float32)
-
-
-def _in_head(rays: Rays, light: Floats) -> Triple:
-    """Directions ``(n, 3)`` of the camera's frame in the heads' frames."""
-    x, y, z = light[:, 0], light[:, 1], light[:, 2]
-    first, second, third = ((a[:, 0] * x + b[:, 0] * y + c[:, 0] * z) for a, b, c in rays.axes)
-    return first, second, third
 
 
 def _background(rays: Rays, scenes: Scenes) -> Canvas:
@@ -120,30 +112,28 @@ def _falling_hair(canvas: Canvas, rays: Rays, traits: Traits) -> None:
     long = (traits.hair_length > 0.35) & ~traits.bald
     if not long.any():
         return
-    length = column(traits.hair_length)
+    length = traits.hair_length
     centre = (np.zeros_like(length), 0.15 - 0.45 * length, -0.20 - 0.05 * length)
-    wide = column(traits.width + traits.hair_volume) - 0.1 + 0.16 * length
-    behind = intersect(rays, centre, (wide, 0.55 + 0.42 * length, 0.55 + 0.1 * length), points=False)
-    alpha = behind.cover
+    wide = traits.width + traits.hair_volume - 0.1 + 0.16 * length
+    alpha = silhouette(canvas, rays, centre, (wide, 0.55 + 0.42 * length, 0.55 + 0.1 * length))
     alpha *= column(long)
-    canvas.paint(alpha, canvas.tint(traits.hair * np.float32(0.75)), np.full_like(length, 0.8))
+    canvas.paint(alpha, canvas.tint(traits.hair * np.float32(0.75)), np.full((1, 1), 0.8, dtype=np.float32))
 
 
 def _ears(canvas: Canvas, rays: Rays, face: Hit, traits: Traits, sun: _Sun) -> None:
     """Both ears, each where it is nearer than the skull or beside it."""
+    tall = traits.ear
+    color = traits.skin * np.float32([0.93, 0.86, 0.86])
     for side in (-1.0, 1.0):
-        place = (side * (traits.width + 0.015), np.full_like(traits.width, -0.02), np.full_like(traits.width, -0.10))
-        u, v, depth = rays.seen(*(column(part) for part in place))
-        size = column(traits.ear)
-        zone = canvas.zone((np.abs(rays.u - u) < size) & (np.abs(rays.v - v) < size * 1.05))
-        centre = (zone.of(place[0]), zone.of(place[1]), zone.of(place[2]))
-        height = zone.of(traits.ear)
-        ear = intersect(rays.pick(zone), centre, (np.full_like(height, 0.07), height, 0.62 * height), points=False)
-        nearer = below(zone.pick(face.z), zone.of(depth[:, 0] + 0.04), 12.0)
+        centre = (side * (traits.width + 0.015), np.full_like(tall, -0.02), np.full_like(tall, -0.10))
+        u, v, depth = rays.seen(centre)
+        zone = canvas.zone((np.abs(rays.u - column(u)) < column(tall)) & (np.abs(rays.v - column(v)) < column(tall)))
+        cover = silhouette(zone, rays.pick(zone), centre, (np.full_like(tall, 0.07), tall, 0.62 * tall))
+        nearer = below(zone.pick(face.z), zone.of(depth + 0.04), 12.0)
         np.maximum(nearer, 1 - zone.pick(face.cover), out=nearer)
         towards = np.clip(0.75 * side * sun.direction[0] + 0.35 * sun.direction[2], 0, 1)
         light = zone.of(sun.ambient + (1 - sun.ambient) * towards)
-        zone.paint(nearer * ear.cover, zone.tint(traits.skin * np.float32([0.93, 0.86, 0.86])), light)
+        zone.paint(nearer * cover, zone.tint(color), light)
         zone.put_back(canvas)
 
 
@@ -152,13 +142,12 @@ def _nose(canvas: Canvas, rays: Rays, face: Hit, traits: Traits, scenes: Scenes,
     # Under a mask it is pressed flat.
     out = traits.nose_depth * np.where(scenes.masked, 0.6, 1.0).astype(np.float32)
     depth = traits.depth * np.sqrt(1 - traits.nose_y**2) - np.float32(0.03)
-    place = (np.zeros_like(depth), traits.nose_y * traits.height, depth)
-    u, v, _ = rays.seen(*(column(part) for part in place))
-    reach = column(np.maximum(np.maximum(traits.nose_length, out), traits.nose_width))
-    zone = canvas.zone((np.abs(rays.u - u) < reach) & (np.abs(rays.v - v) < reach))
-    centre = (zone.of(place[0]), zone.of(place[1]), zone.of(place[2]))
-    radii = (zone.of(traits.nose_width), zone.of(traits.nose_length), zone.of(out))
-    nose = intersect(rays.pick(zone), centre, radii)
+    centre = (np.zeros_like(depth), traits.nose_y * traits.height, depth)
+    radii = (traits.nose_width, traits.nose_length, out)
+    u, v, _ = rays.seen(centre)
+    across, up = column(np.maximum(traits.nose_width, out)), column(np.maximum(traits.nose_length, out))
+    zone = canvas.zone((np.abs(rays.u - column(u)) < across) & (np.abs(rays.v - column(v)) < up))
+    nose = intersect(zone, rays.pick(zone), centre, radii)
     nearer = above(nose.z - zone.pick(face.z), -0.015, 30.0)
     np.maximum(nearer, 1 - zone.pick(face.cover), out=nearer)
     # It grows out of the face: no edge at the bridge.
@@ -173,10 +162,10 @@ def _nose(canvas: Canvas, rays: Rays, face: Hit, traits: Traits, scenes: Scenes,
 
 def _hair(canvas: Canvas, rays: Rays, traits: Traits, sun: _Sun, soft: Floats) -> None:
     """The part of a shell around the skull that lies above and behind a plane through the hairline."""
-    volume = column(traits.hair_volume)
+    volume = traits.hair_volume
     centre = (np.zeros_like(volume), np.full_like(volume, 0.04), np.full_like(volume, -0.05))
-    radii = (column(traits.width) + volume, column(traits.height) + volume, column(traits.depth) + volume)
-    shell = intersect(rays, centre, radii)
+    radii = (traits.width + volume, traits.height + volume, traits.depth + volume)
+    shell = intersect(canvas, rays, centre, radii)
     line = column(traits.hairline)
     slope = 0.42 + 0.75 * np.minimum(column(traits.hair_length), 1)
     edge = shell.depth * -slope
