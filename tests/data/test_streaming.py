@@ -16,7 +16,7 @@ from PIL import Image
 
 from armillary.data import streaming
 from armillary.data.decode import Cells, decode_into
-from armillary.data.images import UnreadableImage
+from armillary.data.images import UnreadableImage, decode_image
 from armillary.data.loader import Batches
 from armillary.data.pixels import ArrayImages, PixelSource, mean_image
 from armillary.data.samplers import Population
@@ -351,6 +351,19 @@ def test_jpegs_are_decoded_as_pillow_does() -> None:
     for file, pixels in zip(files, out, strict=True):
         expected = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).transpose(2, 0, 1)
         np.testing.assert_array_equal(pixels, expected)
+
+
+def test_stored_jpegs_take_the_fast_path(small_groups: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from armillary.data import decode
+
+    dataset = write()
+    table = dataset.read_arrow(0, 0)
+    cells = Cells.of(table.slice(3, 10))
+    assert [bytes(cell) for cell in cells.data] == table["image"].to_pylist()[3:13]
+    slow: list[bytes] = []
+    monkeypatch.setattr(decode, "decode_image", lambda data: slow.append(bytes(data)) or decode_image(data))
+    decode_into(cells, "encoded", np.empty((10, 3, 16, 20), np.uint8))
+    assert slow == [cell for cell in table["image"].to_pylist()[3:13] if cell.startswith(b"\x89PNG")]
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 3), (9000, 9000, 3), (8, 8, 3), (8, 9, 1)])

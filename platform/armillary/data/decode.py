@@ -44,7 +44,8 @@ class Cells:
             return cls([], shapes.astype(np.int64))
         _, offsets, content = column.buffers()
         bounds = np.frombuffer(offsets, dtype=np.int64)[column.offset : column.offset + len(column) + 1].tolist()
-        view = memoryview(content)
+        # Arrow calls its bytes signed.
+        view = memoryview(content).cast("B")
         cells = [view[start:end] for start, end in pairwise(bounds)]
         return cls(cells, shapes.astype(np.int64))
 
