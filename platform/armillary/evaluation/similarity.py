@@ -10,8 +10,8 @@ from armillary.evaluation.result import Floats, Ints
 # are equal in mathematics and differ in the last bits of a matrix product, by how it was blocked; on the grid they tie.
 GRID = 2.0**40
 
-# Elements of a score block: 32 MB in float64, small enough that a handful of temporaries stays well under a gigabyte.
-BLOCK_ELEMENTS = 1 << 22
+# Elements of a score block: 16 MB in float64, so that a handful of temporaries in each thread stays small.
+BLOCK_ELEMENTS = 1 << 21
 
 
 def normalize(embeddings: Floats, order: Ints | None = None) -> Floats:
