@@ -19,6 +19,8 @@ REACH = 3.0
 
 def draw_blur(recipe: Recipe, keys: Tensor) -> dict[str, Tensor]:
     """``blur_sigma (B,)`` in pixels, 0 where there is no blur."""
+    if not recipe.blur:
+        return {"blur_sigma": torch.zeros(len(keys), device=keys.device)}
     u = uniforms(keys, 2)
     low, high = recipe.blur_sigma
     return {"blur_sigma": (u[:, 0] < recipe.blur) * (u[:, 1] * (high - low) + low)}

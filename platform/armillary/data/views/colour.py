@@ -54,8 +54,9 @@ def stages(drawn: dict[str, Tensor], recipe: Recipe, channels: int) -> Tensor:
     """After how many linear operations each sample's hue is turned; one more than there are without jitter."""
     operations = linear_operations(recipe, channels)
     order = drawn["order"]
-    before = (order == _HUE).to(torch.int64).argmax(dim=1, keepdim=True) > torch.arange(4, device=order.device)
-    stage = (before & torch.isin(order, order.new_tensor(operations))).sum(dim=1)
+    # Where each operation stands in the order, (B, 4).
+    place = order.argsort(dim=1)
+    stage = (place[:, operations] < place[:, _HUE:]).sum(dim=1)
     return torch.where(drawn["jitter"] > 0, stage, len(operations) + 1)
 
 
@@ -72,9 +73,8 @@ def jitter(pixels: Tensor, drawn: dict[str, Tensor], recipe: Recipe, counts: lis
     operations, active = linear_operations(recipe, channels), sum(counts[:-1])
     if not active:
         return pixels
-    order = drawn["order"][:active]
-    linear = order[torch.isin(order, order.new_tensor(operations))].view(active, len(operations))
-    factors = torch.stack([drawn[name][:active] for name in _FACTORS], dim=1).gather(1, linear)
+    matrices, towards_mean = _linear_maps(drawn, operations, active, channels)
+    luma = _luma(pixels)
     flat = pixels.view(batch, channels, -1)
     work = flat[:active]
     spare = torch.empty_like(work)
@@ -84,26 +84,37 @@ def jitter(pixels: Tensor, drawn: dict[str, Tensor], recipe: Recipe, counts: lis
         if counts[step] and turns_hue(recipe, channels):
             _turn_hue(work[rows], drawn["hue"][rows])
         if step < len(operations):
-            matrix, offset = _linear_step(work, factors[:, step], linear[:, step])
-            torch.baddbmm(offset, matrix, work, out=spare).clamp_(0, 1)
+            offset = (work.mean(dim=2) @ luma).mul_(towards_mean[:, step])[:, None, None]
+            torch.baddbmm(offset, matrices[:, step], work, out=spare).clamp_(0, 1)
             work, spare = spare, work
     if work.data_ptr() != flat.data_ptr():
         flat[:active] = work
     return pixels
 
 
-def _linear_step(flat: Tensor, factor: Tensor, operation: Tensor) -> tuple[Tensor, Tensor]:
-    """``factor * pixel + (1 - factor) * (0, mean luma or luma)`` as matrix ``(n, C, C)`` and offset ``(n, C, 1)``."""
-    channels = flat.shape[1]
-    luma = flat.new_tensor(LUMA) if channels == 3 else flat.new_full((channels,), 1 / channels)
-    rest = 1 - factor
-    mean = flat.mean(dim=2) @ luma
-    offset = (rest * mean * (operation == _CONTRAST))[:, None, None].expand(-1, channels, 1)
-    identity = torch.eye(channels, device=flat.device)
-    if channels != 3:
-        return factor[:, None, None] * identity, offset
-    towards_gray = (rest * (operation == _SATURATION))[:, None, None] * luma.expand(3, 3)
-    return factor[:, None, None] * identity + towards_gray, offset
+def _linear_maps(drawn: dict[str, Tensor], operations: list[int], active: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Each sample's linear operations in its own order, ``factor * pixel + (1 - factor) * (0, mean luma or luma)``.
+
+    Returns:
+        Maps of the channels ``(active, len(operations), C, C)``, and the share of the image's mean luma that is added,
+        ``(active, len(operations))``.
+    """
+    order = drawn["order"][:active]
+    # What the recipe leaves alone, and the hue, go to the end.
+    used = order.new_tensor([int(number in operations) for number in range(4)])[order]
+    linear = order.gather(1, used.argsort(dim=1, descending=True, stable=True)[:, : len(operations)])
+    factors = torch.stack([drawn[name][:active] for name in _FACTORS], dim=1).gather(1, linear)
+    rest = 1 - factors
+    matrices = factors[..., None, None] * torch.eye(channels, device=factors.device)
+    if channels == 3 and _SATURATION in operations:
+        luma = factors.new_tensor(LUMA)
+        matrices = torch.addcmul(matrices, (rest * (linear == _SATURATION))[..., None, None], luma)
+    return matrices, rest * (linear == _CONTRAST)
+
+
+def _luma(pixels: Tensor) -> Tensor:
+    channels = pixels.shape[1]
+    return pixels.new_tensor(LUMA) if channels == 3 else pixels.new_full((channels,), 1 / channels)
 
 
 def _turn_hue(flat: Tensor, shift: Tensor) -> None:

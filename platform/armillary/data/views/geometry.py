@@ -26,21 +26,16 @@ def draw(recipe: Recipe, keys: Tensor) -> dict[str, Tensor]:
     RandomResizedCrop: area and ratio up to ten times until the crop fits, then the largest of legal ratio. (There the
     ratio is that of the crop's sides in pixels; relative to the image's it leaves all images equally stretched.)
     """
-    u = uniforms(keys, 7 + 2 * _TRIES)
+    cropped = not recipe.crop_scale == recipe.crop_ratio == (1.0, 1.0)
+    u = uniforms(keys, 7 + 2 * _TRIES * cropped)
     flip, rotation, zoom, shift_x, shift_y, place_x, place_y = u[:, :7].unbind(1)
-    low, high = (math.log(bound) for bound in recipe.crop_ratio)
-    area = u[:, 7 : 7 + _TRIES] * (recipe.crop_scale[1] - recipe.crop_scale[0]) + recipe.crop_scale[0]
-    ratio = (u[:, 7 + _TRIES :] * (high - low) + low).exp()
-    widths, heights = (area * ratio).sqrt(), (area / ratio).sqrt()
-    fits = (widths <= 1) & (heights <= 1)
-    # The first that fits: falling weights make it the only maximum.
-    first = (fits * torch.arange(_TRIES, 0, -1, device=keys.device)).argmax(dim=1, keepdim=True)
-    some = fits.any(dim=1)
-    nearest = min(max(1.0, recipe.crop_ratio[0]), recipe.crop_ratio[1])
-    width = torch.where(some, widths.gather(1, first)[:, 0], min(1.0, nearest))
-    height = torch.where(some, heights.gather(1, first)[:, 0], min(1.0, 1 / nearest))
-    centre_x = 0.5 + (place_x * 2 - 1) * some * (1 - width) / 2 + (shift_x * 2 - 1) * recipe.shift
-    centre_y = 0.5 + (place_y * 2 - 1) * some * (1 - height) / 2 + (shift_y * 2 - 1) * recipe.shift
+    centre_x = 0.5 + (shift_x * 2 - 1) * recipe.shift
+    centre_y = 0.5 + (shift_y * 2 - 1) * recipe.shift
+    width = height = torch.ones_like(flip)
+    if cropped:
+        width, height, fits = _crop_sides(recipe, *u[:, 7:].chunk(2, dim=1))
+        centre_x = centre_x + (place_x - 0.5) * (1 - width) * fits
+        centre_y = centre_y + (place_y - 0.5) * (1 - height) * fits
     scale = 0.5 / (1 + (zoom * 2 - 1) * recipe.zoom)
     half_w, half_h = width * scale, height * scale
     return {
@@ -48,6 +43,26 @@ def draw(recipe: Recipe, keys: Tensor) -> dict[str, Tensor]:
         "flip": (flip < recipe.flip).to(torch.float32),
         "rotation": (rotation * 2 - 1) * recipe.rotation,
     }
+
+
+def _crop_sides(recipe: Recipe, area: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Width and height ``(B,)``, shares of the image's, and whether a try fitted.
+
+    ``area`` and ``ratio (B, tries)`` are uniform numbers.
+    """
+    low, high = (math.log(bound) for bound in recipe.crop_ratio)
+    area = area * (recipe.crop_scale[1] - recipe.crop_scale[0]) + recipe.crop_scale[0]
+    ratio = (ratio * (high - low) + low).exp()
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()])
+    fits = (sides <= 1).all(dim=0)
+    # The first that fits: falling weights make it the only maximum.
+    first = (fits * torch.arange(area.shape[1], 0, -1, device=area.device)).argmax(dim=1)
+    nearest = min(max(1.0, recipe.crop_ratio[0]), recipe.crop_ratio[1])
+    largest = sides.new_tensor([[min(1.0, nearest)], [min(1.0, 1 / nearest)]])
+    chosen = sides.gather(2, first.expand(2, -1)[..., None])[..., 0]
+    some = fits.any(dim=1)
+    width, height = torch.where(some, chosen, largest).unbind(0)
+    return width, height, some
 
 
 def draw_turn(recipe: Recipe, keys: Tensor, view: int) -> dict[str, Tensor]:

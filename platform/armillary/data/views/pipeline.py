@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armillary.components.counter import key, sample_keys
+from armillary.components.counter import key, mix
 from armillary.data.views import blur, colour, geometry, occlusion, patches
 from armillary.data.views.recipes import GROUPS, Recipe, read
 
@@ -125,10 +125,12 @@ class Views:
     def draw(self, index: Tensor, *, seed: int, epoch: int, view: int) -> dict[str, Tensor]:
         """Everything that is random about a view, first dimension ``len(index)``; arguments as for a call."""
         recipe = self.recipe(view)
-        keys = {
-            group: sample_keys(key(_VIEW, seed, epoch, 0 if group in recipe.share else view, number), index)
-            for number, group in enumerate(GROUPS)
-        }
+        bases = [
+            key(_VIEW, seed, epoch, 0 if group in recipe.share else view, number) for number, group in enumerate(GROUPS)
+        ]
+        # All groups at once: sample_keys(base, index), column by column.
+        columns = mix(mix(index)[:, None] ^ torch.tensor(bases, device=index.device)).unbind(1)
+        keys = dict(zip(GROUPS, columns, strict=True))
         drawn = {
             **geometry.draw(recipe, keys["geometry"]),
             **colour.draw(recipe, keys["colour"]),
