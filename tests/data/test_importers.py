@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.metadata
+import struct
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from armillary.data import images, importers
-from armillary.data.importers import ensure_dataset, import_dataset
+from armillary.data.importers import embedded, ensure_dataset, import_dataset
 from armillary.data.store import open_dataset
 from armillary.spec.errors import UserError
 
@@ -57,6 +59,41 @@ def test_digits_are_stretched_to_bytes() -> None:
     assert images.max() == 255
     np.testing.assert_array_equal(np.rint(images / 255 * 16), bunch.images)
     np.testing.assert_array_equal(dataset.column("label"), bunch.target)
+
+
+def test_fashion_mnist_is_what_the_package_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A folder of the package's layout; the real one is tried too where it is installed.
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 28, 28), dtype=np.uint8)
+    labels = np.arange(30, dtype=np.uint8) % 10
+    for part, rows in (("train", slice(0, 20)), ("t10k", slice(20, 30))):
+        head = struct.pack(">4I", 0x803, len(images[rows]), 28, 28)
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + images[rows].tobytes()))
+        head = struct.pack(">2I", 0x801, len(labels[rows]))
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(head + labels[rows].tobytes()))
+    monkeypatch.setattr(embedded, "FASHION_MNIST_FOLDERS", (str(tmp_path / "absent"), str(tmp_path)))
+    dataset = ensure_dataset("fashion-mnist")
+    assert dataset.manifest.class_names[8:] == ("Bag", "Ankle boot")
+    assert dataset.column("part").tolist() == ["train"] * 20 + ["t10k"] * 10
+    np.testing.assert_array_equal(np.stack(next(dataset.rows()).images)[..., 0], images)
+    np.testing.assert_array_equal(dataset.column("label"), labels)
+
+
+def test_fashion_mnist_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "FASHION_MNIST_FOLDERS", ())
+    with pytest.raises(UserError, match="apt install dataset-fashion-mnist"):
+        ensure_dataset("fashion-mnist")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(Path(folder).is_dir() for folder in embedded.FASHION_MNIST_FOLDERS), reason="the package is not installed"
+)
+def test_the_real_fashion_mnist() -> None:
+    dataset = ensure_dataset("fashion-mnist")
+    assert len(dataset) == 70_000
+    assert dataset.manifest.histogram == (7000,) * 10
+    assert dataset.manifest.image_shape == (28, 28, 1)
 
 
 def test_ensure_imports_once() -> None:

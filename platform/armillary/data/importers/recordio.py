@@ -27,8 +27,8 @@ MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _WORDS = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
-# Labels are float32: beyond this, whole numbers run together.
-_MAX_LABEL = 2**24
+# Labels are float32, which cannot tell neighbours beyond 2**24 apart; keys in the first record reach further.
+_MAX_LABEL = 2**31
 _MAX_LABELS = 1024
 
 
@@ -56,7 +56,7 @@ def read_recordio(source: Source, options: ImageOptions) -> Contents:
             raise UserError(f"{index_path} does not reach the end of {path}: one of them is cut off or damaged")
         first = _header(_read_record(file, offsets[0], path), path) if keys[0] == 0 else None
         if first is not None and len(first.labels) == 2:
-            end, last = (int(label) for label in first.labels)
+            end, last = (_whole(label, path, offsets[0]) for label in first.labels)
             count = sum(1 for key in keys if 0 < key < end)
             if not 0 < end <= last or count != end - 1:
                 raise UserError(f"{path}: its first record promises {end - 1} images, {index_path} has {count}")

@@ -133,20 +133,23 @@ class Source:
         """
         try:
             with self.open(path) as file:
-                content = file.read(limit + 1)
+                size = file.seek(0, io.SEEK_END)
+                if size > limit:
+                    raise UnreadableImage(f"{size:,} bytes, more than {limit:,}")
+                file.seek(0)
+                return file.read(size)
         except UserError as error:
             if Path(path).is_absolute() or ".." in path or "leads out" in error.problem:
                 raise
             raise UnreadableImage("there is no such file") from None
+        except UnreadableImage:
+            raise
         except OSError as error:
             if self.local:
                 raise UnreadableImage(error.strerror or str(error)) from error
             raise WorkFailed(
                 f"cannot read {path} of {self.location}: {error}\n  the same command goes on where it stopped"
             ) from error
-        if len(content) > limit:
-            raise UnreadableImage(f"more than {limit:,} bytes")
-        return content
 
     def lines(self, path: str) -> Iterator[str]:
         """The lines of a list or a table with their ends, read as UTF-8.
