@@ -43,19 +43,20 @@ class Canvas:
 
     def pick(self, values: Floats) -> Floats:
         """A zone's part of ``(n, pixels)`` values."""
+        assert self._at is not None, "a zone's"
         return values.reshape(-1).take(self._at)
 
     def of(self, values: NDArray[np.generic]) -> Floats:
         """One value a picture ``(n,)``, as float32 that broadcasts over the pixels."""
-        values = np.asarray(values, dtype=np.float32)
-        return values[:, None] if self._rows is None else values.take(self._rows)
+        plain = np.asarray(values, dtype=np.float32)
+        return plain[:, None] if self._rows is None else plain.take(self._rows)
 
     def tint(self, colors: NDArray[np.generic]) -> Floats:
         """One colour a picture ``(n, 3)``, or one for all ``(3,)``, broadcasting over the pixels."""
-        colors = np.asarray(colors, dtype=np.float32)
-        if colors.ndim == 1:
-            return colors.reshape(3, *[1] * self.light.ndim)
-        planes = np.ascontiguousarray(colors.T)
+        plain = np.asarray(colors, dtype=np.float32)
+        if plain.ndim == 1:
+            return plain.reshape(3, *[1] * self.light.ndim)
+        planes = np.ascontiguousarray(plain.T)
         return planes[:, :, None] if self._rows is None else planes.take(self._rows, axis=1)
 
     def paint(self, alpha: Floats, color: Floats, light: Floats | None = None) -> None:
@@ -91,11 +92,11 @@ def below(values: Floats, limit: Floats | float, sharpness: Floats | float) -> F
     """1 where values are well below the limit, 0 where they are above, linear in between."""
     result = limit - values
     result *= sharpness
-    return np.clip(result, 0, 1, out=result)  # type: ignore[no-any-return]
+    return np.clip(result, 0, 1, out=result)
 
 
 def above(values: Floats, limit: Floats | float, sharpness: Floats | float) -> Floats:
     """1 where values are well above the limit, 0 where they are below, linear in between."""
     result = values - limit
     result *= sharpness
-    return np.clip(result, 0, 1, out=result)  # type: ignore[no-any-return]
+    return np.clip(result, 0, 1, out=result)

@@ -38,7 +38,7 @@ def _operator(size: int, resolution: int, blur: float) -> Floats:
     whole = np.rint(matrix * _UNIT)
     # What rounding took from a row goes to its largest entry.
     whole[np.arange(size), whole.argmax(axis=1)] += _UNIT - whole.sum(axis=1)
-    return whole.astype(np.float32)  # type: ignore[no-any-return]
+    return whole.astype(np.float32)
 
 
 @lru_cache(maxsize=1)
@@ -101,4 +101,4 @@ def quality(scenes: Scenes, size: int) -> Floats:
     clean = 1 / (1 + (scenes.noise / 0.1) ** 2)
     lit = np.minimum(scenes.intensity, 1)
     shown = np.where(scenes.masked, 0.65, 1.0)
-    return (np.sqrt(scenes.resolution / size) * sharp * clean * lit * shown).astype(np.float32)  # type: ignore[no-any-return]
+    return (np.sqrt(scenes.resolution / size) * sharp * clean * lit * shown).astype(np.float32)

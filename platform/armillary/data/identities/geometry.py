@@ -111,7 +111,7 @@ def cast_rays(size: int, turn: Triple, scale: Floats, shift: tuple[Floats, Float
         ),
         dtype=np.float32,
     )
-    return Rays(u, v, u * u, u * v, v * v, axes, 2 / (size * scale))
+    return Rays(u, v, u * u, u * v, v * v, axes, (2 / (size * scale)).astype(np.float32))
 
 
 def _polynomial(canvas: Canvas, rays: Rays, constant: Floats, u: Floats, v: Floats, room: Floats) -> Floats:
@@ -158,7 +158,8 @@ def intersect(canvas: Canvas, rays: Rays, centre: Triple, radii: Triple) -> Hit:
     z = np.sqrt(disc, out=disc)
     w = maps[:, 2]
     ww = (w * w).sum(axis=0)
-    z -= _polynomial(canvas, rays, *((w * part).sum(axis=0) for part in (offset, maps[:, 0], maps[:, 1])), room)
+    middle, across, up = ((w * part).sum(axis=0) for part in (offset, maps[:, 0], maps[:, 1]))
+    z -= _polynomial(canvas, rays, middle, across, up, room)
     z *= canvas.of(1 / ww)
     q = []
     for i in range(3):
@@ -185,7 +186,7 @@ def _cover(canvas: Canvas, rays: Rays, maps: Floats, radii: Triple, disc: Floats
     # Near the edge disc falls by 2 |w|^2 for every mean radius of distance.
     ww = (maps[:, 2] * maps[:, 2]).sum(axis=0)
     cover = disc * canvas.of(np.sqrt(radii[0] * radii[1]) / (2 * ww * rays.pixel))
-    return np.clip(cover, 0, 1, out=cover)  # type: ignore[no-any-return]
+    return np.clip(cover, 0, 1, out=cover)
 
 
 def lambert(canvas: Canvas, hit: Hit, radii: Triple, light: Triple) -> Floats:
@@ -206,4 +207,4 @@ def lambert(canvas: Canvas, hit: Hit, radii: Triple, light: Triple) -> Floats:
         normal *= normal
         length += normal
     cosine /= np.sqrt(length, out=length)
-    return np.maximum(cosine, 0, out=cosine)  # type: ignore[no-any-return]
+    return np.maximum(cosine, 0, out=cosine)

@@ -47,7 +47,7 @@ def images_per_identity(spec: IdentitiesSpec) -> Ints:
     """How many pictures everybody has, ``(identities,)``; falling where there is a long tail."""
     rank = np.arange(1, spec.identities + 1, dtype=np.float64)
     counts = np.rint(spec.images_per_identity * rank**-spec.long_tail).astype(np.int64)
-    return np.maximum(counts, min(_FEWEST, spec.images_per_identity))  # type: ignore[no-any-return]
+    return np.maximum(counts, min(_FEWEST, spec.images_per_identity))
 
 
 def call_roll(spec: IdentitiesSpec) -> Roll:
@@ -105,7 +105,7 @@ def _halves(spec: IdentitiesSpec, counts: Ints, wanted: int) -> list[tuple[int, 
 
 
 def _shuffled(values: NDArray[np.int64], base: int) -> Ints:
-    return shuffled(torch.from_numpy(values), base).numpy()  # type: ignore[no-any-return]
+    return shuffled(torch.from_numpy(values), base).numpy()
 
 
 def similarity_graph(spec: IdentitiesSpec, block: int = 1024) -> pa.Table:
@@ -127,7 +127,7 @@ def similarity_graph(spec: IdentitiesSpec, block: int = 1024) -> pa.Table:
     points = vectors(spec, np.arange(spec.identities))
     squares = (points**2).sum(axis=1)
     nearest = min(spec.neighbours, spec.identities - 1)
-    edges = set()
+    edges: set[tuple[int, int]] = set()
     for start in range(0, spec.identities, block):
         part = points[start : start + block]
         distance = squares[start : start + block, None] + squares[None, :] - 2 * part @ points.T

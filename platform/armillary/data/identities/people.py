@@ -112,7 +112,7 @@ def _palette(colors: NDArray[np.float64], position: NDArray[np.float64]) -> Floa
 
 def _share(z: NDArray[np.float64]) -> NDArray[np.float64]:
     """The share of people below a variate, in [0, 1] (logistic approximation of the normal distribution)."""
-    return 1 / (1 + np.exp(-1.702 * z))  # type: ignore[no-any-return]
+    return 1 / (1 + np.exp(-1.702 * z))
 
 
 def traits(spec: IdentitiesSpec, numbers: Ints) -> Traits:

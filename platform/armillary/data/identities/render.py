@@ -88,7 +88,7 @@ def _background(rays: Rays, scenes: Scenes) -> Canvas:
     canvas = Canvas(color, np.ones_like(blend))
     canvas.paint(blend, canvas.tint(scenes.background_end))
     x, y = scenes.blob_place[:, :1] * np.float32(1.4), scenes.blob_place[:, 1:] * np.float32(1.4)
-    radius = 0.5 + np.abs(scenes.gradient[:, :1])
+    radius = (0.5 + np.abs(scenes.gradient[:, :1])).astype(np.float32)
     canvas.paint(below(ellipse(rays.u, rays.v, x, y, radius, radius), 1.0, 1.5), canvas.tint(scenes.blob))
     return canvas
 
@@ -123,7 +123,7 @@ def _falling_hair(canvas: Canvas, rays: Rays, traits: Traits) -> None:
 def _ears(canvas: Canvas, rays: Rays, face: Hit, traits: Traits, sun: _Sun) -> None:
     """Both ears, each where it is nearer than the skull or beside it."""
     tall = traits.ear
-    color = traits.skin * np.float32([0.93, 0.86, 0.86])
+    color = traits.skin * np.array([0.93, 0.86, 0.86], dtype=np.float32)
     for side in (-1.0, 1.0):
         centre = (side * (traits.width + 0.015), np.full_like(tall, -0.02), np.full_like(tall, -0.10))
         u, v, depth = rays.seen(centre)
@@ -170,7 +170,8 @@ def _hair(canvas: Canvas, rays: Rays, traits: Traits, sun: _Sun, soft: Floats) -
     slope = 0.42 + 0.75 * np.minimum(column(traits.hair_length), 1)
     edge = shell.depth * -slope
     edge += shell.y
-    alpha = above(edge, line - slope * np.sqrt(1 - line * line), column(soft) * np.float32(0.7))
+    level = (line - slope * np.sqrt(1 - line * line)).astype(np.float32)
+    alpha = above(edge, level, column(soft) * np.float32(0.7))
     alpha *= shell.cover
     alpha *= column(~traits.bald)
     canvas.paint(alpha, canvas.tint(traits.hair), sun.on(canvas, shell, radii))

@@ -108,11 +108,11 @@ def _grain(spec: IdentitiesSpec, number: torch.Tensor) -> Ints:
 def _bent(u: NDArray[np.float64]) -> NDArray[np.float64]:
     """From [0, 1] to [-1, 1], crowded about 0."""
     t = 2 * u - 1
-    return t * np.abs(t)  # type: ignore[no-any-return]
+    return t * np.abs(t)
 
 
 def _stepped(steps: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float64]:
-    return steps[np.minimum((u * len(steps)).astype(np.int64), len(steps) - 1)]  # type: ignore[no-any-return]
+    return steps[np.minimum((u * len(steps)).astype(np.int64), len(steps) - 1)]
 
 
 def _muted(u: NDArray[np.float64]) -> NDArray[np.float64]:
