@@ -105,7 +105,7 @@ def processor_time() -> float:
 
     this = psutil.Process()
     times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    return float(sum(each.user + each.system for each in times))
 
 
 def floor(files: list[bytes]) -> tuple[float, float]:
@@ -150,7 +150,7 @@ def compare(size: int, images: int, rounds: int) -> bool:
         print(f"  {title:25} {medians[name][0]:8,.0f} images/s  {medians[name][1]:6.0f} us of processor time an image")
     print(f"  ratio {ratio:.2f} (rounds {min(each):.2f} to {max(each):.2f}); at least {FLOOR:g} wanted")
     print(f"  decoding alone: {turbo:.0f} us with libjpeg-turbo, {pillow:.0f} us with Pillow")
-    return ratio >= FLOOR
+    return bool(ratio >= FLOOR)
 
 
 def main() -> int:

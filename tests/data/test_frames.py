@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from armillary.data.frames import clips
+from armillary.data.layout import ColumnType
 from armillary.data.loader import Batches
 from armillary.data.splits import PreparedData, prepare
-from armillary.data.store import ColumnType, Record, write_dataset
+from armillary.data.store import Record, write_dataset
 from armillary.data.views import make_views
 from armillary.objectives.base import Needs
 from armillary.spec.errors import UserError

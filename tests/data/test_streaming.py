@@ -348,8 +348,8 @@ def test_jpegs_are_decoded_as_pillow_does() -> None:
         shapes.append((23, 31, 1 if at == 4 else 3))
     out = np.empty((6, 3, 23, 31), dtype=np.uint8)
     decode_into(Cells(files, np.array(shapes)), "encoded", out)
-    for file, pixels in zip(files, out, strict=True):
-        expected = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).transpose(2, 0, 1)
+    for data, pixels in zip(files, out, strict=True):
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
         np.testing.assert_array_equal(pixels, expected)
 
 
@@ -361,7 +361,12 @@ def test_stored_jpegs_take_the_fast_path(small_groups: None, monkeypatch: pytest
     cells = Cells.of(table.slice(3, 10))
     assert [bytes(cell) for cell in cells.data] == table["image"].to_pylist()[3:13]
     slow: list[bytes] = []
-    monkeypatch.setattr(decode, "decode_image", lambda data: slow.append(bytes(data)) or decode_image(data))
+
+    def noted(data: memoryview) -> object:
+        slow.append(bytes(data))
+        return decode_image(data)
+
+    monkeypatch.setattr(decode, "decode_image", noted)
     decode_into(cells, "encoded", np.empty((10, 3, 16, 20), np.uint8))
     assert slow == [cell for cell in table["image"].to_pylist()[3:13] if cell.startswith(b"\x89PNG")]
 

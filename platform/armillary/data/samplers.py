@@ -182,8 +182,8 @@ def _round_of_sets(
             chosen = [images[at][turn] for at in group.tolist()]
             missing = s - len(chosen)
             if missing:
-                others = torch.randperm(len(images), generator=generator)
-                others = others[~torch.isin(others, group)].tolist() or list(range(len(images)))
+                order = torch.randperm(len(images), generator=generator)
+                others = order[~torch.isin(order, group)].tolist() or list(range(len(images)))
                 chosen += [images[others[at % len(others)]][0] for at in range(missing)]
             groups.append(torch.cat(chosen))
     return groups

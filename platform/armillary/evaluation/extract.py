@@ -39,6 +39,8 @@ def extract(
     Raises:
         ValueError: the images are not uint8 ``(N, C, H, W)``, or there is none.
     """
+    from armillary.data.loader import in_order
+
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"images must be uint8 (N, C, H, W) with N >= 1, found {images.dtype} {tuple(images.shape)}")
     device = torch.device(device)
@@ -48,8 +50,8 @@ def extract(
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size].to(device).float() / 255.0
+        for part in in_order(images, torch.arange(len(images)).split(batch_size)):
+            batch = part.to(device).float() / 255.0
             embedding = encoder(batch).float()
             if flip:
                 embedding = (embedding + encoder(batch.flip(-1)).float()) / 2

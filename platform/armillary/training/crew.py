@@ -171,7 +171,8 @@ def _serve(config: dict[str, Any]) -> None:
 
     desk = ray.get_actor(config["desk"], namespace=NAMESPACE)
     enter_worker(config, config["template"])
-    load = remembering_prepare(lambda: ray.get(desk.offered.remote()))
+    get: Any = ray.get
+    load = remembering_prepare(lambda: get(desk.offered.remote()))
     leads = collectives.rank() == 0
     while True:
         order: Any = collectives.broadcast_object(ray.get(desk.next.remote(config["crew"])) if leads else None)

@@ -68,8 +68,8 @@ def _fetch(source: PixelSource, references: References) -> NDArray[np.uint8]:
     reference = references.get(source.key)
     if reference is not None:
         try:
-            shared: NDArray[np.uint8] = ray.get(reference)
+            shared: Any = ray.get(reference)
         except ray.exceptions.ObjectLostError:
             return decode_all(source)
-        return shared
+        return np.asarray(shared)
     return decode_all(source)
