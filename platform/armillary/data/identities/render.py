@@ -167,7 +167,7 @@ def _hair(canvas: Canvas, rays: Rays, traits: Traits, sun: _Sun, soft: Floats) -
     radii = (traits.width + volume, traits.height + volume, traits.depth + volume)
     shell = intersect(canvas, rays, centre, radii)
     line = column(traits.hairline)
-    slope = 0.42 + 0.75 * np.minimum(column(traits.hair_length), 1)
+    slope = (0.42 + 0.75 * np.minimum(column(traits.hair_length), 1)).astype(np.float32)
     edge = shell.depth * -slope
     edge += shell.y
     level = (line - slope * np.sqrt(1 - line * line)).astype(np.float32)
