@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from armillary.cli import make
+
 if TYPE_CHECKING:
     from armillary.data.importers import Importer
     from armillary.data.store import Dataset
 
 app = typer.Typer(help="List, import, inspect and verify datasets.", no_args_is_help=True, add_completion=False)
+app.add_typer(make.app, name="make")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
