@@ -52,6 +52,27 @@ def test_a_field_that_the_data_lacks(tiny_job: Any, orl: Path, monkeypatch: pyte
         plan(tiny_job())
 
 
+def test_an_encoder_without_what_the_objective_uses(tiny_job: Any, orl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from armillary.objectives import Needs, get
+
+    monkeypatch.setattr(get("arcface"), "needs", Needs(fields=("label",), encoder="tokens"))
+    with pytest.raises(UserError, match=r"backbone.name: arcface uses the encoder's patch tokens(.|\n)*small_vit"):
+        plan(tiny_job())
+    plan(tiny_job(backbone={"name": "small_vit", "embedding_dim": 16, "patch": 4}))
+
+
+def test_local_crops_and_an_encoder_for_one_size(tiny_job: Any, orl: Path) -> None:
+    job = tiny_job(views__name="multicrop_small", objective__name="simclr", objective__margin=None)
+    job = job.model_copy(update={"objective": job.objective.model_validate({"name": "simclr"})})
+    with pytest.raises(UserError, match=r"the views are 28 x 24 and 14 x 12 px, and small_convnet takes one size only"):
+        plan(job)
+    mean = job.model_copy(update={"backbone": job.backbone.model_validate({"name": "small_convnet", "pool": "mean"})})
+    plan(mean)
+    vit = job.model_copy(update={"backbone": job.backbone.model_validate({"name": "small_vit", "patch": 4})})
+    with pytest.raises(UserError, match=r"views.local_size: patches of 4 x 4 px do not divide images of 14 x 12 px"):
+        plan(vit)
+
+
 def test_the_sum_that_does_not_fit(tiny_job: Any) -> None:
     job = tiny_job(train__workers=4, train__gpus_per_worker=2)
     with pytest.raises(UserError, match=r"4 workers x 2 GPU = 8 GPU, but the cluster has 4") as caught:

@@ -95,6 +95,8 @@ def _print(record: RunRecord, as_json: bool) -> None:
         return
     rows = [(name, f"{value:.4f}") for name, value in record.metrics.items()]
     print_table(table(("metric", ("value", "right")), rows, title=f"{record.run_id} ({record.seconds:.1f} s)"))
+    for warning in record.warnings:
+        print_note(f"warning: {warning}")
     print_note(f"judge it again: armillary evaluate {record.run_id}\nrank it: armillary leaderboard")
 
 

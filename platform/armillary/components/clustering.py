@@ -5,6 +5,7 @@ There is one algorithm, whatever else is installed: a run's result must not depe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,16 +125,25 @@ def _start(points: Tensor, k: int, seed: int) -> Tensor:
     if k > _CAREFUL:
         order = sample_keys(key(_SUBSET, seed), torch.arange(len(points), device=points.device)).argsort(stable=True)
         return order[:k]
-    draws = uniforms(torch.tensor([key(_START, seed)], device=points.device), k)[0].double()
-    chosen = [(draws[0] * len(points)).long()]
-    nearest = torch.full((len(points),), torch.inf, dtype=torch.float64, device=points.device)
+    tries = 2 + int(math.log(k))
+    draws = uniforms(torch.tensor([key(_START, seed)], device=points.device), k * tries)[0].double().view(k, tries)
+    chosen = [(draws[0, 0] * len(points)).long()]
+    nearest = _squared_distances(points, chosen[0][None])[0]
     for draw in draws[1:]:
-        away = (points - points[chosen[-1]]).double().square().sum(dim=1)
-        nearest = torch.minimum(nearest, away)
-        # The next centre with a probability that grows with the squared distance from those there are.
+        # Candidates with a probability that grows with the squared distance from the centres there are; the one that
+        # leaves least to the others is taken (the paper's greedy variant).
         weight = nearest.cumsum(dim=0)
-        chosen.append(torch.searchsorted(weight, draw * weight[-1], right=True).clamp_max(len(points) - 1))
+        candidates = torch.searchsorted(weight, draw * weight[-1], right=True).clamp_max(len(points) - 1)
+        left = torch.minimum(nearest, _squared_distances(points, candidates))
+        best = left.sum(dim=1).argmin()
+        chosen.append(candidates[best])
+        nearest = left[best]
     return torch.stack(chosen)
+
+
+def _squared_distances(points: Tensor, rows: Tensor) -> Tensor:
+    """``(len(rows), n)`` float64: of all points from some of them."""
+    return (points - points[rows][:, None]).square().sum(dim=2).double()
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,13 +134,13 @@ def check_sizes(encoder: nn.Module, sizes: Iterable[tuple[int, int]], backbone: 
 
     Args:
         encoder: built for one of the sizes.
-        sizes: heights and widths in pixels of all views.
+        sizes: heights and widths in pixels: of the images, then of views.
         backbone: the encoder's name, for the message.
 
     Raises:
         UserError: several sizes and an encoder made for one, or a size that patches do not divide.
     """
-    sizes = sorted(set(sizes), reverse=True)
+    sizes = list(dict.fromkeys(sizes))
     if len(sizes) > 1 and not getattr(encoder, "any_size", False):
         named = " and ".join(f"{height} x {width}" for height, width in sizes)
         pool = getattr(encoder, "pool_option", None)
@@ -151,10 +151,10 @@ def check_sizes(encoder: nn.Module, sizes: Iterable[tuple[int, int]], backbone: 
         )
     if isinstance(encoder, TokenEncoder):
         rows, columns = encoder.patch_size
-        for height, width in sizes:
+        for number, (height, width) in enumerate(sizes):
             if height % rows or width % columns:
                 raise UserError(
                     f"patches of {rows} x {columns} px do not divide images of {height} x {width} px",
-                    key="data.image_size",
+                    key="views.local_size" if number else "data.image_size",
                     allowed=f"multiples of {rows} and {columns}",
                 )

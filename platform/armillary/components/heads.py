@@ -1,4 +1,4 @@
-"""Small networks behind the encoder: projector, predictor, prototypes, DINO's head, the masked autoencoder's decoder."""
+"""Small networks behind the encoder: projector, predictor, prototypes, DINO's head, a masked autoencoder's decoder."""
 
 from __future__ import annotations
 

@@ -98,6 +98,7 @@ def tags_of(record: RunRecord, job: TrainJob) -> dict[str, str]:
         "variant": record.variant,
         "trial": json.dumps(is_trial(record)),
         "error": record.error,
+        "warnings": "\n".join(record.warnings) or None,
         "changes": json.dumps(changes_of(job), separators=(",", ":")),
         **{f"version.{package}": version for package, version in record.versions.items()},
     }

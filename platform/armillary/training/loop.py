@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from armillary import collectives
+from armillary.components import collapse
 from armillary.components.normalization import convert_batch_norm
 from armillary.data.loader import Batches
 from armillary.evaluation import suite
@@ -31,6 +33,8 @@ from armillary.training.preflight import Plan
 from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
 from armillary.training.schedules import learning_rate
 from armillary.training.shards import read_meta, write_meta
+
+logger = logging.getLogger(__name__)
 
 # (step, metrics, checkpoint folder or None) -> go on or stop. Every worker calls it, with the same step.
 Report = Callable[[int, Mapping[str, float], Path | None], Literal["continue", "stop"]]
@@ -112,15 +116,25 @@ def _execute(load_plan: Callable[[], Plan], run: RunDirectory, report: Report, r
     started, writes = time.monotonic(), collectives.rank() == 0
     before = run.record()
     if writes:
-        run.update(status="running", error=None)
+        run.update(status="running", error=None, warnings=[])
     changes: dict[str, object]
     try:
         outcome = train_run(load_plan(), run, report, resume_from)
         changes = {"status": "stopped" if outcome.stopped else "finished", "metrics": outcome.metrics}
+        changes["warnings"] = _warnings(run, outcome.metrics)
     except (UserError, FloatingPointError) as error:
         changes = {"status": "failed", "error": str(error)}
     changes |= {"finished": time.time(), "seconds": before.seconds + time.monotonic() - started}
     return run.update(**changes) if writes else before
+
+
+def _warnings(run: RunDirectory, metrics: Mapping[str, float]) -> list[str]:
+    """What is wrong with a run that ended well, by its last epoch's metrics; rank 0 logs it."""
+    reason = collapse.verdict(metrics)
+    warnings = [f"collapsed: {reason}"] if reason else []
+    for warning in warnings if collectives.rank() == 0 else []:
+        logger.warning("run %s: %s", run.run_id, warning)
+    return warnings
 
 
 def worker_device() -> torch.device:

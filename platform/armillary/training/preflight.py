@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from armillary.components.backbones import Pixels, build_encoder
+from armillary.components.encoders import check_ability, check_sizes
 from armillary.data.loader import Batches
 from armillary.data.pixels import mean_image
 from armillary.data.splits import PreparedData, prepare
 from armillary.data.views import Views, make_views
+from armillary.data.views.geometry import output_size
 from armillary.evaluation.suite import check_protocols
 from armillary.objectives import BuildContext, Needs, Objective, registry
 from armillary.spec.errors import UserError
@@ -89,16 +91,35 @@ def plan(
         data = prepared(job.data, seed=job.seed)
         ready = Plan(job, data, views, needs)
         if job.train.epochs:
+            _check_encoder(job, needs, views, (data.train.images.shape[2], data.train.images.shape[3]))
             # Says what the data lacks, or why such batches cannot be made of it.
             ready.batches(0, job.train.workers)
         return ready
 
 
 def _check_backbone(job: TrainJob) -> None:
-    with torch.device("meta"):
-        build_encoder(job.backbone, in_channels=1, image_size=(64, 64))
+    try:
+        with torch.device("meta"):
+            build_encoder(job.backbone, in_channels=1, image_size=job.data.image_size or (64, 64))
+    except UserError as error:
+        # How large the images are is known when the data is there.
+        if job.data.image_size or error.key not in ("backbone.patch", "data.image_size"):
+            raise
     if job.backbone.name == "pixels" and job.train.epochs:
         raise UserError("the backbone 'pixels' has nothing to train", key="train.epochs", allowed="0")
+
+
+def _check_encoder(job: TrainJob, needs: Needs, views: Views, size: tuple[int, int]) -> None:
+    """Checks that the encoder gives what the objective uses, for images and views of their sizes."""
+    if needs.modality not in ("image", "image_text"):
+        return
+    with torch.device("meta"):
+        encoder = build_encoder(job.backbone, in_channels=1, image_size=size)
+    check_ability(encoder, needs.encoder, job.objective.name, job.backbone.name)
+    recipes = [views.recipe(view) for view in range(views.count or needs.views)]
+    # Puzzles are cut up again by the objective that asks for them.
+    seen = [output_size(recipe, *size) for recipe in recipes if not recipe.tiles]
+    check_sizes(encoder, [size, *seen], job.backbone.name)
 
 
 def _check_training(job: TrainJob, needs: Needs) -> None:

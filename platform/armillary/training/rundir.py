@@ -35,7 +35,8 @@ class RunRecord(BaseModel):
     """What is known of a run; stored as ``run.json``.
 
     ``group`` names the sweep, study or regression the run belongs to (``kind/name``), ``variant`` its row there.
-    ``metrics`` holds the final values by name, e.g. ``verification/auc``.
+    ``metrics`` holds the final values by name, e.g. ``verification/auc``. ``warnings`` say what is wrong with a run
+    that finished, e.g. that its embedding collapsed.
     """
 
     # A diverged run's metrics may be NaN, which plain JSON would turn into null and refuse to read back.
@@ -55,6 +56,7 @@ class RunRecord(BaseModel):
     metrics: dict[str, float] = Field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
+    warnings: list[str] = Field(default_factory=list)
 
 
 def write_atomically(path: Path, text: str) -> None:
