@@ -8,7 +8,14 @@ import pytest
 from scipy.spatial.distance import pdist
 
 from armillary.evaluation.clustering import agreement, cluster
-from armillary.evaluation.geometry import alignment, effective_rank, geometry, uniformity
+from armillary.evaluation.geometry import (
+    alignment,
+    center_angles,
+    effective_rank,
+    geometry,
+    projection,
+    uniformity,
+)
 from armillary.evaluation.protocols import evaluate
 from armillary.evaluation.result import EvaluationSet
 from armillary.spec.errors import UserError
@@ -96,3 +103,41 @@ def test_zeros_and_single_images_are_defined() -> None:
     assert effective_rank(np.zeros((4, 3))) == 0.0
     assert uniformity(np.zeros((4, 3))) == 0.0
     assert "geometry/alignment" not in evaluate("geometry", np.eye(3), [0, 1, 2]).metrics
+
+
+def test_angles_to_centers_leave_the_image_itself_out(blobs: Any) -> None:
+    points, labels = blobs(classes=4, per_class=3)
+    labels[-1] = 9
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    own, other = center_angles(unit, labels)
+    expected_own, expected_other = [], []
+    for i, label in enumerate(labels):
+        centers = {c: unit[(labels == c) & ((np.arange(12) != i) | (c != label))].sum(axis=0) for c in set(labels)}
+        angles = {c: np.degrees(np.arccos(unit[i] @ v / np.linalg.norm(v))) for c, v in centers.items() if np.any(v)}
+        expected_own += [angles[label]] if label in angles else []
+        expected_other.append(min(angle for c, angle in angles.items() if c != label))
+    np.testing.assert_allclose(own, expected_own)
+    np.testing.assert_allclose(other, expected_other)
+    assert len(center_angles(unit, np.zeros(12, int))[1]) == 0
+
+
+def test_collapse_is_said(blobs: Any) -> None:
+    points, labels = blobs(width=64)
+    assert evaluate("geometry", points, labels).warnings == ()
+    point = evaluate("geometry", np.ones(64) + 1e-3 * points, labels).warnings
+    assert any("nearly one direction" in sentence for sentence in point)
+    line = evaluate("geometry", points[:, :1] * np.ones(64), labels).warnings
+    assert any("effective rank of 1.0 of 48" in sentence for sentence in line)
+
+
+def test_the_map_keeps_the_main_axes_and_a_bound(blobs: Any) -> None:
+    from sklearn.decomposition import PCA
+
+    points, labels = blobs(classes=3, per_class=800, width=6)
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    found = projection(unit, labels, 0)
+    assert found["map"].shape == (2000, 2)
+    assert found["map_label"].shape == (2000,)
+    share = found["map"].var(axis=0).sum() / unit.var(axis=0).sum()
+    assert share == pytest.approx(PCA(2).fit(unit).explained_variance_ratio_.sum(), abs=0.03)
+    assert projection(unit[:, :1], labels, 0) == {}

@@ -8,6 +8,7 @@ import pytest
 
 from armillary.cli.main import main
 from armillary.evaluation.protocols import evaluate
+from armillary.evaluation.result import Pairs
 
 
 @pytest.fixture
@@ -62,9 +63,50 @@ def test_plots_are_written_where_asked_only(files: Any, command: Any) -> None:
     assert all(name in out for name in written)
 
 
+def test_columns_pairs_and_templates_stand_beside_the_embeddings(blobs: Any, tmp_path: Any, command: Any) -> None:
+    points, labels = blobs(classes=6, per_class=10)
+    np.savez(tmp_path / "all.npz", embeddings=points, labels=labels, quality=np.linspace(0, 1, 60), note=np.array("x"))
+    (tmp_path / "pairs.csv").write_text(
+        "first,second,same\n"
+        + "".join(f"{i},{(i * 7 + 1) % 60},{int(i // 10 == (i * 7 + 1) % 60 // 10)}\n" for i in range(60))
+    )
+    rows = np.arange(60)
+    np.savez(tmp_path / "templates.npz", row=rows, template=rows // 2 + 5, media=rows)
+    np.savez(tmp_path / "matches.npz", first=[5, 5, 6, 5], second=[6, 12, 7, 34], same=[1, 0, 1, 0])
+    options = ("--pairs", "pairs.csv", "--templates", "templates.npz", "--matches", "matches.npz", "--json")
+    code, out, err = command("--embeddings", "all.npz", "--protocols", "verification,geometry,templates", *options)
+    assert code == 0, err
+    metrics = json.loads(out)["metrics"]
+    assert "geometry/norm_quality_correlation" in metrics
+    pairs = Pairs(rows, (rows * 7 + 1) % 60, labels == labels[(rows * 7 + 1) % 60])
+    expected = evaluate("verification", points, labels, pairs=pairs).metrics
+    assert {name: metrics[name] for name in expected} == expected
+    assert metrics["templates/auc"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    # Templates alone say which protocol is meant.
+    code, out, _ = command("--embeddings", "all.npz", *options[2:])
+    assert set(json.loads(out)["metrics"]) == {"templates/auc", "templates/eer"}
+
+
+def test_collapse_is_printed_and_every_picture_drawn(blobs: Any, tmp_path: Any, command: Any) -> None:
+    points, labels = blobs(classes=12, per_class=5)
+    np.savez(tmp_path / "a.npz", embeddings=np.ones(16) + 1e-3 * points, labels=labels)
+    code, _, err = command("--embeddings", "a.npz", "-p", "geometry,verification,identification", "--figures", "plots")
+    assert code == 0
+    assert "warning: the embeddings have collapsed to nearly one direction" in err
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert {"roc.png", "cmc.png", "reject.png", "angles.png", "map.png", "warnings.txt", "geometry.npz"} <= names
+    for path in (tmp_path / "plots").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5000
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("some-run", "--pairs", "p.csv"), "--pairs"),
+        (("--embeddings", "test.npz", "--matches", "m.csv"), "--templates FILE"),
+        (("--embeddings", "test.npz", "--data", "orl"), "--data"),
+        (("--embeddings", "test.npz", "--pairs", "p.csv"), "no such file"),
         ((), "either a run or --embeddings"),
         (("some-run", "--embeddings", "test.npz"), "either a run or --embeddings"),
         (("some-run",), "there is no run 'some-run'"),
@@ -139,3 +181,26 @@ def test_a_run_without_a_model_is_refused(run_id: Any, command: Any) -> None:
     code, _, err = command(run_id)
     assert code == 2
     assert "has no model" in err
+
+
+def test_a_run_is_judged_on_a_whole_other_dataset_by_its_pairs(run_id: Any, command: Any) -> None:
+    import pyarrow as pa
+
+    from armillary.data.store import Record, write_dataset
+
+    rng = np.random.default_rng(0)
+    records = [Record(rng.integers(0, 256, (8, 8, 1), dtype=np.uint8), label) for label in range(5) for _ in range(4)]
+    first, second = np.triu_indices(20, 1)
+    pairs = pa.table({"first": first[::3], "second": second[::3], "same": first[::3] // 4 == second[::3] // 4})
+    write_dataset("other", records, class_names=list("abcde"), tables={"pairs": pairs})
+    code, out, err = command(run_id, "--data", "other", "-p", "verification", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["warnings"] == []
+    genuine = int(np.sum(first[::3] // 4 == second[::3] // 4))
+    # Rates are counts over the list's genuine pairs, not over all pairs.
+    tar = found["metrics"]["verification/tar_at_far_1e-1"] * genuine
+    assert tar == pytest.approx(round(tar))
+    code, _, err = command(run_id, "--data", "digits", "-p", "verification")
+    assert code == 2
+    assert "trained on" in err

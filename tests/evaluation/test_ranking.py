@@ -4,9 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from armillary.evaluation.protocols import evaluate
-from armillary.evaluation.ranking import identification, retrieval
+from armillary.evaluation.ranking import count_at_least, identification, mate_ranks, retrieval
 from armillary.evaluation.result import EvaluationSet
 from armillary.spec.errors import UserError
 
@@ -120,3 +122,29 @@ def test_map_at_r_agrees_with_pytorch_metric_learning(blobs: Any) -> None:
     assert ours["retrieval/recall_at_1"] == pytest.approx(theirs["precision_at_1"])
     assert ours["retrieval/r_precision"] == pytest.approx(theirs["r_precision"])
     assert ours["retrieval/map_at_r"] == pytest.approx(theirs["mean_average_precision_at_r"])
+
+
+@given(
+    st.lists(st.integers(-6, 6), max_size=40),
+    st.lists(st.integers(-6, 6), min_size=1, max_size=8),
+    st.sampled_from([0, 2**39, -(2**40)]),
+)
+def test_counts_are_exact_where_float32_cannot_tell_values_apart(values: Any, bounds: Any, near: int) -> None:
+    found = count_at_least(np.array(values, float) + near, np.array(bounds, float) + near)
+    assert found.tolist() == [sum(value >= bound for value in values) for bound in bounds]
+
+
+def test_mates_are_ranked_after_others_that_tie() -> None:
+    others, mates = np.array([5.0, 3.0, 3.0, 1.0, -np.inf]), np.array([3.0, 6.0, 0.0])
+    assert mate_ranks(others, mates).tolist() == [1, 5, 7]
+
+
+def test_retrieval_does_not_depend_on_threads(blobs: Any) -> None:
+    torch = pytest.importorskip("torch")
+    data = EvaluationSet(*blobs(classes=9, per_class=7, noise=1.5))
+    expected, threads = retrieval(data, elements=100).metrics, torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert retrieval(data, elements=100).metrics == expected
+    finally:
+        torch.set_num_threads(threads)
