@@ -12,6 +12,8 @@ import pytest
 from armillary.data.pixels import ArrayImages
 from armillary.data.splits import prepare
 from armillary.spec.jobs import DataSpec
+from armillary.training.api import Submission
+from armillary.training.crew import CrewPool
 from armillary.training.sharing import Shelf, remembering_prepare
 
 ORL = DataSpec(name="orl", image_size=(56, 46))
@@ -80,3 +82,17 @@ def test_processes_read_one_copy_that_outlives_each_of_them(
     ray.kill(one)
     for reader in (other, start()):
         np.testing.assert_array_equal(ray.get(reader.pixels.remote(0)), data.train.images[:].numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_a_stream_trains_what_memory_trains(tiny_job: Any, orl: Path, crews: CrewPool) -> None:
+    jobs = [tiny_job(), tiny_job(data__load="stream"), tiny_job(data__load="stream", data__buffer=64)]
+    records = crews.run_all([Submission(job) for job in jobs])
+    assert [record.status for record in records] == ["finished"] * 3
+    memory, stream, windows = (record.metrics for record in records)
+    # The default buffer holds all of ORL, so that the order is that of memory; a small one gives another.
+    assert stream["verification/auc"] == memory["verification/auc"]
+    assert stream["train/loss"] == memory["train/loss"]
+    assert windows["train/loss"] != memory["train/loss"]
+    assert windows["train/loss"] == pytest.approx(memory["train/loss"], rel=0.5)

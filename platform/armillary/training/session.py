@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +42,6 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
     # Set here, they reach the processes of a cluster started below; a running one is sent them.
     for key, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if address == "local" else {})).items():
         os.environ.setdefault(key, value)
-    import psutil
     import ray
 
     if ray.is_initialized():
@@ -53,8 +53,7 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
         else {
             "include_dashboard": False,
             "num_cpus": cpus or os.cpu_count(),
-            # Taken only as it is filled; a dataset of ``data.load: memory`` must fit in.
-            "object_store_memory": max(512 * 2**20, int(0.3 * psutil.virtual_memory().total)),
+            "object_store_memory": _store_bytes(),
         }
     )
     try:
@@ -77,3 +76,12 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _store_bytes() -> int:
+    """Room for the datasets that workers share; memory is taken only as it is filled."""
+    import psutil
+
+    share = int(0.3 * psutil.virtual_memory().total)
+    # Ray refuses more on a Mac.
+    return max(512 * 2**20, min(share, 2 * 2**30) if sys.platform == "darwin" else share)
