@@ -203,7 +203,7 @@ def webdataset(root: Path) -> Made:
             members += [(f"set/{at:04d}.png", png(at)), (f"set/{at:04d}.cls", f"{at // 3}\n".encode())]
             members += [(f"set/{at:04d}.txt", f"picture {at}".encode())]
         tar_of(root / "wds" / f"train-{shard:03d}.tar", members)
-    captions = {"caption": [f"picture {at}" for at in range(8)]}
+    captions: dict[str, list[Any]] = {"caption": [f"picture {at}" for at in range(8)]}
     classes = [str(at // 3) for at in range(8)]
     return Made(root / "wds" / "train-{000..001}.tar", range(8), classes, columns=captions)
 
@@ -223,7 +223,7 @@ def parquet(root: Path) -> Made:
     labels = [PEOPLE[at // 3] for at in range(8)]
     table = pa.table({"image": images, "label": labels, "age": list(range(20, 28)), "note": ["n"] * 8})
     pq.write_table(table, root / "hub.parquet", row_group_size=3)
-    columns = {"years": list(range(20, 28)), "note": ["n"] * 8}
+    columns: dict[str, list[Any]] = {"years": list(range(20, 28)), "note": ["n"] * 8}
     return Made(root / "hub.parquet", range(8), labels, {"columns": ("age=years", "note")}, columns=columns)
 
 
@@ -293,7 +293,10 @@ def npz(root: Path) -> Made:
     np.savez_compressed(
         root / "set.npz", images=images, labels=labels, quality=np.linspace(0, 1, 7), left=labels == "ann"
     )
-    columns = {"q": np.linspace(0, 1, 7, dtype=np.float32).tolist(), "left": (labels == "ann").tolist()}
+    columns: dict[str, list[Any]] = {
+        "q": np.linspace(0, 1, 7, dtype=np.float32).tolist(),
+        "left": (labels == "ann").tolist(),
+    }
     options = {"columns": ("quality=q", "left")}
     return Made(root / "set.npz", range(7), labels.tolist(), options, columns=columns, form="pixels")
 

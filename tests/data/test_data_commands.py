@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,12 @@ def test_columns_and_tables_are_shown(capsys: pytest.CaptureFixture[str]) -> Non
     code, out, _ = run(capsys, "inspect", "rich")
     assert "first, second, same" in out
     assert "true 2, false 3" in out
+
+
+def test_the_table_of_kinds_does_not_load_what_it_names() -> None:
+    code = "import sys, armillary.data.importers; print(sorted({'torch', 'pyarrow', 'PIL'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
 
 
 def test_kinds_show_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,6 +182,16 @@ def kill(*cases: tuple[str, str, Any]) -> None:
     subprocess.run([sys.executable, "-c", KILLED, repr(plain)], check=True, env=os.environ.copy(), timeout=120)
 
 
+class Seen:
+    """A progress report that remembers."""
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+
+    def __call__(self, done: int, _: int | None) -> None:
+        self.done.append(done)
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -210,9 +220,9 @@ def test_killed_imports_go_on_and_give_the_same_bytes(tmp_path: Path, armillary_
     store = armillary_home / "datasets"
     for kind, made in cases.items():
         assert len(list(store.glob(f".{kind}.partial-*/shard-00001.parquet"))) == 1
-        seen: list[int] = []
-        resumed = import_dataset(kind, kind, made.source, lambda done, _, seen=seen: seen.append(done), made.options)
-        assert seen[0] > 4, f"{kind}: whole shards were imported again"
+        seen = Seen()
+        resumed = import_dataset(kind, kind, made.source, seen, made.options)
+        assert seen.done[0] > 4, f"{kind}: whole shards were imported again"
         resumed.verify()
         after = content(Path(resumed.location))
         shutil.rmtree(resumed.location)

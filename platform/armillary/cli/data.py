@@ -246,11 +246,10 @@ def _overview(dataset: Dataset, description: dict[str, Any]) -> list[tuple[objec
 
 
 def _shown(value: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name.replace('_', ' ')} {f'{item:.4g}' if isinstance(item, float) else item}"
-        for name, item in value.items()
-        if name != "type"
-    )
+    def text(item: object) -> str:
+        return f"{item:.4g}" if isinstance(item, float) else ", ".join(item) if isinstance(item, list) else str(item)
+
+    return ", ".join(f"{name.replace('_', ' ')} {text(item)}" for name, item in value.items() if name != "type")
 
 
 def _kind(importer: Importer) -> dict[str, Any]:

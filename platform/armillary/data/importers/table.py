@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from armillary.data import identities as faces
 from armillary.data.importers import embedded as ships
 from armillary.data.importers import options as o
 from armillary.data.importers.contents import Contents, Progress
@@ -50,9 +49,9 @@ IMPORTERS: dict[str, Importer] = {
         "70,000 pictures of clothes, 28 x 28 px (Debian's dataset-fashion-mnist)", make=ships.fashion_mnist
     ),
     "identities": Importer(
-        "4,000 procedural faces of 200 people, 64 x 64 px, with pose, quality, masks, captions", make=faces.embedded
+        "4,000 procedural faces of 200 people, 64 x 64 px, with pose, quality, masks, captions", make=ships.identities
     ),
-    "identities_small": Importer("768 of them of 64 people, 32 x 32 px", make=faces.embedded_small),
+    "identities_small": Importer("768 of them of 64 people, 32 x 32 px", make=ships.identities_small),
     "folder": Importer("a folder of images with one subfolder a class", o.ImageOptions, read_folder),
     "recordio": Importer("InsightFace's .rec and .idx: MS1MV3, Glint360K", o.ImageOptions, read_recordio),
     "bin": Importer("InsightFace's verification .bin: LFW, AgeDB-30, CFP-FP", o.ImageOptions, read_face_bin),
