@@ -28,6 +28,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"train__gpus_per_worker": 1}, "train.gpus_per_worker", "GPU"),
     ({"train__batch_size": 57, "train__accumulate": 2}, "train.batch_size", "multiple of 2"),
     ({"objective__name": "supcon", "train__accumulate": 2}, "train.accumulate", "supcon"),
+    ({"objective__name": "supcon", "train__sample_rate": 0.1}, "train.sample_rate", "no class head"),
+    ({"train__sample_rate": 0}, "train.sample_rate", "0"),
     ({"backbone__name": "pixels"}, "train.epochs", "nothing to train"),
 ]
 

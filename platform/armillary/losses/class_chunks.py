@@ -114,7 +114,7 @@ class ClassPass:
     product_type: torch.dtype | None = None
     best: Tensor | None = None
     nearest: Tensor | None = None
-    chunk: int = CHUNK
+    chunk: int = field(default_factory=lambda: CHUNK)
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -67,6 +67,11 @@ class Samples:
         """To the own class, before any margin, ``(batch, 1)``, with gradient."""
         return self.own["similarity"]
 
+    def predicted(self) -> Tensor:
+        """The class of the largest similarity, ``(batch, 1)``; known after the first reduction over the classes."""
+        best, nearest = self.classes.nearest_other()
+        return torch.where(best > self.similarity.detach(), nearest, self.labels)
+
 
 @dataclass(frozen=True)
 class HeadTerms:
@@ -96,12 +101,7 @@ def softmax_head_loss(head: ClassHeadLoss, samples: Samples) -> HeadTerms:
         )
     # -log(e^t / (e^t + e^o)) = log(1 + e^(o - t)): exact for any size of o - t, and never negative.
     losses = torch.logaddexp(torch.zeros_like(others), others - scale * target)
-    return HeadTerms(losses, samples.similarity.detach(), _predicted(samples))
-
-
-def _predicted(samples: Samples) -> Tensor:
-    best, nearest = samples.classes.nearest_other()
-    return torch.where(best > samples.similarity.detach(), nearest, samples.labels)
+    return HeadTerms(losses, samples.similarity.detach(), samples.predicted())
 
 
 class ClassHeadLoss(nn.Module):
@@ -336,4 +336,6 @@ def _rows(head: ClassHeadLoss, rows: Rows | None) -> Rows:
 def _plain(head: ClassHeadLoss) -> str | None:
     """Which of the similarities that have a quick way the head's is."""
     defined = getattr(head.similarity, "__func__", None)
-    return {ClassHeadLoss.similarity: "cosine", LinearHeadLoss.similarity: "linear"}.get(defined)
+    if defined is ClassHeadLoss.similarity:
+        return "cosine"
+    return "linear" if defined is LinearHeadLoss.similarity else None

@@ -200,7 +200,7 @@ def _sampled_gradient(head: ClassHeadLoss, name: str) -> list[tuple[Tensor, Tens
 
 @contextmanager
 def _compact(optimizer: torch.optim.Optimizer, parts: list[tuple[Tensor, Tensor | None, Tensor]]) -> Iterator[None]:
-    """Inside, sampled tensors are replaced by their rows that took part, with the state of those: others stay as are."""
+    """Inside, a sampled tensor is replaced by those of its rows that took part, with their state."""
     swapped: list[tuple[Tensor, Tensor, Tensor]] = []
     whole = [list(group["params"]) for group in optimizer.param_groups]
     for row, ids, gradient in parts:

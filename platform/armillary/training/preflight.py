@@ -140,6 +140,8 @@ def _check_training(job: TrainJob, needs: Needs) -> None:
             allowed="1",
             hint="raise train.workers to make micro-batches smaller; workers share one global batch",
         )
+    if train.sample_rate < 1 and "class_head" not in needs.components:
+        raise UserError(f"{job.objective.name} has no class head to sample from", key="train.sample_rate", allowed="1")
     if train.precision == "bf16" and any(key in train.deepspeed for key in ("bf16", "fp16")):
         raise UserError("sets the precision a second time", key="train.deepspeed", hint="use train.precision alone")
 

@@ -1,0 +1,182 @@
+"""Class heads at scale: time, memory and growth beside pytorch-metric-learning and the bare matrix products.
+
+``OMP_NUM_THREADS=2 python bench/class_head.py [repetitions]``: batch 256, float32 unless said otherwise. One step is
+forward, backward and the gradients of embeddings and rows. Ways take turns; each one's best time counts.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from armillary.losses import ArcFace, ClassHeadLoss
+
+BATCH, MARGIN, SCALE = 256, 0.5, 64.0
+MEGABYTE = 2**20
+
+
+def inputs(classes: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Random embeddings and labels."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(BATCH, dim, generator=draw), torch.randint(0, classes, (BATCH,), generator=draw)
+
+
+def head(kind: type[ClassHeadLoss], classes: int, dim: int) -> ClassHeadLoss:
+    """A head with the same random rows for every kind."""
+    torch.manual_seed(0)
+    return kind(classes, dim, margin=MARGIN, scale=SCALE)
+
+
+def peer(weight: Tensor) -> torch.nn.Module:
+    """The ArcFace of pytorch-metric-learning on these rows."""
+    from pytorch_metric_learning.losses import ArcFaceLoss
+
+    loss = ArcFaceLoss(len(weight), weight.shape[1], margin=math.degrees(MARGIN), scale=SCALE)
+    with torch.no_grad():
+        loss.W.copy_(weight.T)
+    return loss
+
+
+def step(loss: torch.nn.Module, embeddings: Tensor, labels: Tensor, bf16: bool = False) -> tuple[float, Tensor]:
+    """The loss and the embeddings' gradient."""
+    loss.zero_grad(set_to_none=True)
+    leaf = embeddings.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        value = loss(leaf, labels)
+    value.backward()
+    assert leaf.grad is not None
+    return float(value.detach()), leaf.grad
+
+
+def products(weight: Tensor, embeddings: Tensor) -> None:
+    """The three that any way of computing both gradients needs."""
+    logits = embeddings @ weight.T
+    _ = logits @ weight
+    _ = logits.T @ embeddings
+
+
+def best_times(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Seconds of each way's fastest repetition; the ways alternate."""
+    times = dict.fromkeys(ways, math.inf)
+    for repetition in range(repetitions + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if repetition:
+                times[name] = min(times[name], time.perf_counter() - start)
+    return times
+
+
+def speed(repetitions: int) -> None:
+    """Seconds a step, and how far results are apart."""
+    classes, dim = 100_000, 256
+    embeddings, labels = inputs(classes, dim)
+    arcface, plain = head(ArcFace, classes, dim), head(ClassHeadLoss, classes, dim)
+    weight = arcface.weight.detach()
+    reference = peer(weight)
+    half = weight.bfloat16()
+    times = best_times(
+        {
+            "arcface": lambda: step(arcface, embeddings, labels),
+            "arcface, bf16 products": lambda: step(arcface, embeddings, labels, bf16=True),
+            "plain softmax": lambda: step(plain, embeddings, labels),
+            "three products": lambda: products(weight, embeddings),
+            "three bf16 products": lambda: products(half, embeddings.bfloat16()),
+            "pytorch-metric-learning": lambda: step(reference, embeddings, labels),
+        },
+        repetitions,
+    )
+    print(f"\n{classes:,} classes, dim {dim}, {torch.get_num_threads()} threads")
+    for name, seconds in times.items():
+        print(f"  {name:26s} {seconds:7.3f} s")
+    ours, theirs, bf16 = times["arcface"], times["pytorch-metric-learning"], times["arcface, bf16 products"]
+    print(f"  faster than the peer: {theirs / ours:.2f}x (at least 3), with bf16 {theirs / bf16:.2f}x (at least 6)")
+    print(f"  over the three products: {ours / times['three products']:.2f}x (at most 1.6)")
+    print(f"  the margin costs {100 * (ours / times['plain softmax'] - 1):+.1f}% (below 10%)")
+    exact, gradient = step(arcface, embeddings, labels)
+    rows = arcface.weight.grad
+    found, found_gradient = step(arcface, embeddings, labels, bf16=True)
+    assert rows is not None
+    assert arcface.weight.grad is not None
+    other, other_gradient = step(reference, embeddings, labels)
+    angle = torch.nn.functional.cosine_similarity
+    cosines = (
+        float(angle(gradient.flatten(), found_gradient.flatten(), 0)),
+        float(angle(rows.flatten(), arcface.weight.grad.flatten(), 0)),
+    )
+    print(f"  bf16: loss off by {abs(found / exact - 1):.1e}, cosine of gradients {cosines[0]:.5f}, {cosines[1]:.5f}")
+    off = float((gradient - other_gradient).abs().max() / other_gradient.abs().max())
+    print(f"  against the peer: loss off by {abs(exact / other - 1):.1e}, gradient by {off:.1e}")
+
+
+def resident(field: str) -> int:
+    """A line of this process' memory status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def measure_memory(way: str, classes: int, dim: int) -> None:
+    """In a process of its own: prints (extra, whole) peak bytes of a step, weights and their gradient not in extra."""
+    small = head(ArcFace, 4096, dim)
+    step(small if way == "ours" else peer(small.weight.detach()), *inputs(4096, dim))
+    loss: torch.nn.Module = head(ArcFace, classes, dim)
+    if way != "ours":
+        assert isinstance(loss, ArcFace)
+        loss = peer(loss.weight.detach())
+    embeddings, labels = inputs(classes, dim)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    step(loss, embeddings, labels)
+    peak = resident("VmHWM")
+    print(peak - before - 4 * classes * dim, peak)
+
+
+def memory() -> None:
+    """Peaks, each in a process of its own."""
+    print("\npeak memory of a step, above weights, their gradient and inputs")
+    for way, classes, dim in (
+        ("ours", 100_000, 256),
+        ("pytorch-metric-learning", 100_000, 256),
+        ("ours", 1_000_000, 128),
+    ):
+        command = [sys.executable, __file__, "--memory", way, str(classes), str(dim)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        extra, peak = (int(word) for word in output.split()[-2:])
+        print(f"  {way:26s} {classes:9,} x {dim}: {extra / MEGABYTE:6.0f} MB; process {peak / MEGABYTE:6.0f} MB")
+
+
+def growth(repetitions: int) -> None:
+    """Seconds against the number of classes."""
+    counts, dim = (10_000, 100_000, 1_000_000), 128
+    seconds = []
+    for classes in counts:
+        loss, given = head(ArcFace, classes, dim), inputs(classes, dim)
+        seconds.append(best_times({"step": lambda loss=loss, given=given: step(loss, *given)}, repetitions)["step"])
+    x, y = (torch.tensor(values).log() for values in ([float(count) for count in counts], seconds))
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    table = ", ".join(f"{count:,}: {value:.3f} s" for count, value in zip(counts, seconds, strict=True))
+    print(f"\ngrowth at dim {dim}: {table}; slope in log-log {slope:.2f}")
+
+
+def main() -> None:
+    """Prints every figure."""
+    if sys.argv[1:2] == ["--memory"]:
+        measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        return
+    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+    speed(repetitions)
+    memory()
+    growth(max(2, repetitions // 2))
+
+
+if __name__ == "__main__":
+    main()
