@@ -13,19 +13,35 @@ under autocast and for half-precision inputs; float64 stays float64. A dict pass
 scalars whose mean over workers is the global batch's value.
 """
 
+from armillary.losses.circle import Circle, CircleHead
 from armillary.losses.class_head import ClassHeadLoss, HeadTerms, LinearHeadLoss, Samples, softmax_head_loss
 from armillary.losses.contrastive import NTXent, SupCon
+from armillary.losses.cross_view import CrossVersionTriplet
+from armillary.losses.lifted import LiftedStructure
 from armillary.losses.margin_softmax import ArcFace, CosFace, NormFace, Softmax
+from armillary.losses.multi_similarity import MultiSimilarity
+from armillary.losses.n_pair import NPair
+from armillary.losses.pairs import Contrastive, ContrastivePairs
+from armillary.losses.range_loss import RangeLoss
 from armillary.losses.triplet import Triplet
 
 __all__ = [
     "ArcFace",
+    "Circle",
+    "CircleHead",
     "ClassHeadLoss",
+    "Contrastive",
+    "ContrastivePairs",
     "CosFace",
+    "CrossVersionTriplet",
     "HeadTerms",
+    "LiftedStructure",
     "LinearHeadLoss",
+    "MultiSimilarity",
+    "NPair",
     "NTXent",
     "NormFace",
+    "RangeLoss",
     "Samples",
     "Softmax",
     "SupCon",

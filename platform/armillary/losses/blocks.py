@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from armillary.losses.global_batch import first_column, global_rows
+from armillary.losses.slopes import empty_logit, log_sum_exp_
 
 # Elements of one block's matrix: 4 MB in float32. Smaller ones fit a core's own cache, but waste time between operations.
 BLOCK_ELEMENTS = 2**20
@@ -182,7 +183,9 @@ def by_blocks(
         rows = slice(start, start + size)
         own = keys[rows]
         own_labels = own if labels is keys else labels[rows]
-        blocks.append(Block(anchors[rows].detach(), fixed, own, column_keys, own_labels, column_labels, rows, first + start))
+        blocks.append(
+            Block(anchors[rows].detach(), fixed, own, column_keys, own_labels, column_labels, rows, first + start)
+        )
     return _ByBlocks.apply(function, blocks, eager, anchors, columns)  # type: ignore[no-any-return]
 
 
@@ -201,32 +204,12 @@ def against_batch(
     return by_blocks(function, anchors, columns, keys, column_keys, first, eager, labels, column_labels)
 
 
-class _LogSumExp(torch.autograd.Function):
-    """Over one matrix, which is overwritten step by step: exponentials in the forward pass, gradient in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, anchors: Tensor, columns: Tensor, first: int) -> Tensor:
-        matrix = anchors @ columns.T
-        matrix.diagonal(first).fill_(-torch.inf)
-        largest = matrix.amax(dim=1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).min)
-        total = matrix.sub_(largest).exp_().sum(dim=1, keepdim=True)
-        ctx.save_for_backward(anchors, columns)
-        ctx.exponentials, ctx.total = matrix, total
-        return (total.log() + largest).squeeze(1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, columns = ctx.saved_tensors
-        matrix = ctx.exponentials.mul_(grad[:, None] / ctx.total.clamp_min(torch.finfo(grad.dtype).tiny))
-        return matrix @ columns, matrix.T @ anchors, None
-
-
 def log_sum_exp_of_others(block: Block, scale: float) -> Tensor:
-    """``log sum_{j != i} exp(scale * a_i . c_j)`` of each anchor, ``(rows,)``; -inf where there is no other column.
+    """``log sum_{j != i} exp(scale * a_i . c_j)`` of each anchor, ``(rows,)``: the denominator of contrastive losses.
 
-    Five passes over the block's matrix beside the three products: the denominator of contrastive losses. To be used
-    inside :func:`by_blocks`, once.
+    Far below any logit where there is no other column. Five passes over the block's matrix beside its three products.
     """
-    values: Tensor = _LogSumExp.apply(block.anchors * scale, block.columns, block.first)
-    return values
+    logits = (block.anchors * scale) @ block.columns.T
+    with torch.no_grad():
+        logits.detach().diagonal(block.first).fill_(empty_logit(logits.dtype))
+    return log_sum_exp_(logits)

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from armillary.losses.blocks import Block, against_batch
 from armillary.losses.class_head import ClassHeadLoss, Columns
 from armillary.losses.global_batch import global_rows
+from armillary.losses.slopes import empty_logit, exponentials_, with_slope
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
-from armillary.losses.tuples import Terms, TupleLoss, cosine, empty_logit
+from armillary.losses.tuples import Terms, TupleLoss, cosine
 
 
 def within(similarity: Tensor, margin: float) -> Tensor:
@@ -70,8 +71,13 @@ class Circle(TupleLoss):
         empty = empty_logit(similarity.dtype)
         near = block.partners.of(similarity, 1.0)
         positive = (-self.gamma * within(near, self.m)).masked_fill(~block.partners.taken, empty)
-        negative = (self.gamma * between(similarity, self.m)).masked_fill(~block.negative, empty)
-        return positive.logsumexp(1), negative.logsumexp(1)
+        with torch.no_grad():
+            # alpha_n (s - m) = [s]_-m^2 - m^2 with [s]_-m the larger of s and -m; its slope is [s]_-m + m.
+            weight = similarity.detach().clamp_min(-self.m)
+            logits = weight.square().sub_(self.m**2).mul_(self.gamma).masked_fill_(~block.negative, empty)
+            values, scale = exponentials_(logits)
+            slope = weight.add_(self.m).mul_(logits)
+        return positive.logsumexp(1), with_slope(similarity, values, slope, scale * self.gamma)
 
     def terms(self, block: Block) -> Terms:
         """One term an anchor that has both kinds of pairs."""
@@ -99,11 +105,12 @@ class Circle(TupleLoss):
         def of_block(block: Block) -> tuple[Tensor, ...]:
             return torch.stack(self.logits(block), dim=1), block.partners.taken.sum(1)
 
-        anchors = normalize(embeddings)
+        # One pair decides over the whole batch, and gamma multiplies its rounding error: float32 would leave 1e-4 of it.
+        anchors = normalize(embeddings.double())
         pooled, positives = against_batch(of_block, anchors, labels, self.gather, eager=False, labels=apart)
         # Each unordered pair is seen from both ends: half of either sum.
         positive, negative = (global_rows(pooled, self.gather).logsumexp(0) - log(2)).unbind()
-        loss = F.softplus(positive + negative)
+        loss = F.softplus(positive + negative).to(embeddings.dtype)
         if metrics is not None:
             both = (pooled.detach() > empty_logit(pooled.dtype) / 2).all(dim=1).long()
             metrics.update(self.count(both, both * (loss.detach() > 0), positives, embeddings.dtype))

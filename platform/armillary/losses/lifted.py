@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from armillary.losses.blocks import Block, against_batch
+from armillary.losses.slopes import empty_logit, log_sum_exp_
 from armillary.losses.tensors import check_choice
-from armillary.losses.tuples import Terms, TupleLoss, empty_logit, euclidean
+from armillary.losses.tuples import Terms, TupleLoss, euclidean
 
 
 class LiftedStructure(TupleLoss):
@@ -57,7 +58,7 @@ class LiftedStructure(TupleLoss):
         """``log sum_{k in N(i)} exp(alpha - D_ik)`` of some anchors, ``(rows, 1)``."""
         distance = euclidean(block.anchors, block.columns, squared=self.formulation == "survey")
         logits = (self.alpha - distance).masked_fill(~block.negative, empty_logit(distance.dtype))
-        return (logits.logsumexp(dim=1, keepdim=True),)
+        return (log_sum_exp_(logits)[:, None],)
 
     def terms(self, block: Block) -> Terms:
         """The positive pairs of some anchors; the last element of each vector is what :meth:`negatives` gave for it."""

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from armillary.losses.blocks import Block
-from armillary.losses.tuples import Terms, TupleLoss, cosine, empty_logit
+from armillary.losses.slopes import empty_logit, exponentials_, with_slope
+from armillary.losses.tuples import Terms, TupleLoss, cosine
 
 
 class MultiSimilarity(TupleLoss):
@@ -56,19 +57,20 @@ class MultiSimilarity(TupleLoss):
 
     def terms(self, block: Block) -> Terms:
         """One term an anchor."""
-        similarity = cosine(block.anchors, block.columns)
-        empty, partners = empty_logit(similarity.dtype), block.partners
+        similarity, partners = cosine(block.anchors, block.columns), block.partners
         near = partners.of(similarity, torch.inf)
-        far = similarity.masked_fill(~block.negative, empty)
-        hardest_positive = near.detach().amin(dim=1, keepdim=True)
-        hardest_negative = far.detach().amax(dim=1, keepdim=True)
-        whole = (hardest_positive < torch.inf) & (hardest_negative > empty)
-        positive, negative = partners.taken & whole, block.negative & whole
-        if self.epsilon is not None:
-            positive = positive & (near < hardest_negative + self.epsilon)
-            negative = negative & (far > hardest_positive - self.epsilon)
+        with torch.no_grad():
+            empty = empty_logit(similarity.dtype)
+            far = similarity.masked_fill(~block.negative, empty)
+            hardest_positive, hardest_negative = near.amin(dim=1, keepdim=True), far.amax(dim=1, keepdim=True)
+            whole = (hardest_positive < torch.inf) & (hardest_negative > empty)
+            positive, dropped = partners.taken & whole, ~whole
+            if self.epsilon is not None:
+                positive &= near < hardest_negative + self.epsilon
+                dropped = dropped | (far <= hardest_positive - self.epsilon)
+            push, scale = exponentials_(far.sub_(self.lam).mul_(self.beta).masked_fill_(dropped, empty))
         pull = (self.alpha * (self.lam - near)).masked_fill(~positive, empty).logsumexp(dim=1)
-        push = (self.beta * (similarity - self.lam)).masked_fill(~negative, empty).logsumexp(dim=1)
-        # log(1 + e^x) of a log-sum-exp is the logarithm of 1 + the sum.
+        # log(1 + e^x) of a log-sum-exp adds 1 to the sum.
+        push = with_slope(similarity, push, far, scale * self.beta)
         losses = F.softplus(pull) / self.alpha + F.softplus(push) / self.beta
         return Terms(losses, torch.ones_like(losses, dtype=torch.long), (losses > 0).long())

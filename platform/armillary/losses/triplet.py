@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from armillary.losses.blocks import Block
 from armillary.losses.tensors import check_choice
-from armillary.losses.tuples import DISTANCES, MINERS, Terms, TupleLoss, all_triplets, mined_triplets
+from armillary.losses.tuples import MINERS, Distance, Terms, TupleLoss, all_triplets, mined_triplets
 
 
 class Triplet(TupleLoss):
@@ -56,12 +56,10 @@ class Triplet(TupleLoss):
         if not margin >= 0:
             raise ValueError(f"margin must be at least 0, found {margin}")
         self.margin, self.mining, self.squared, self.soft, self.cosine = margin, mining, squared, soft, cosine
-        name = {(False, True): "squared", (False, False): "plain", (True, True): "squared_cosine"}
-        self.distance = DISTANCES[name.get((cosine, squared), "cosine")]
+        self.distance = Distance(squared, cosine)
 
     def terms(self, block: Block) -> Terms:
         """The chosen triplets of some anchors."""
-        distance = self.distance(block.anchors, block.columns)
         if self.mining == "all":
-            return all_triplets(distance, block, self.margin, self.soft)
-        return mined_triplets(distance, MINERS[self.mining](distance, block), self.margin, self.soft)
+            return all_triplets(self.distance, block, self.margin, self.soft)
+        return mined_triplets(self.distance, self.mining, block, self.margin, self.soft)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from armillary import collectives
 from armillary.losses.blocks import Block, against_batch
 from armillary.losses.global_batch import global_mean, global_sum
+from armillary.losses.slopes import empty_logit, with_slope
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
 
 # Smallest squared distance under a root: its slope is infinite at 0.
@@ -64,9 +65,7 @@ def euclidean(anchors: Tensor, columns: Tensor, squared: bool) -> Tensor:
     """
     square = torch.addmm(columns.square().sum(1)[None, :], anchors, columns.T, alpha=-2)
     square = (square + anchors.square().sum(1)[:, None]).clamp_min(0)
-    if squared:
-        return square
-    return root(square)
+    return square if squared else root(square)
 
 
 def root(square: Tensor) -> Tensor:
@@ -74,67 +73,67 @@ def root(square: Tensor) -> Tensor:
     return torch.where(square > SQUARED_FLOOR, square.clamp_min(SQUARED_FLOOR).sqrt(), 0)
 
 
-def squared_euclidean(anchors: Tensor, columns: Tensor) -> Tensor:
-    """``|a - c|^2``."""
-    return euclidean(anchors, columns, squared=True)
+@dataclass(frozen=True)
+class Distance:
+    """A distance D between vectors.
+
+    Args:
+        squared: D^2 in place of D.
+        cosine: D = 1 - cos, of unit vectors (half the squared distance), in place of D = |a - c|.
+    """
+
+    squared: bool = True
+    cosine: bool = False
+
+    def matrix(self, anchors: Tensor, columns: Tensor) -> Tensor:
+        """Of all ``anchors (rows, dim)`` from all ``columns (columns, dim)``, ``(rows, columns)``."""
+        if self.cosine:
+            away = 1 - cosine(anchors, columns)
+            return away.square() if self.squared else away
+        return euclidean(anchors, columns, self.squared)
+
+    def paired(self, left: Tensor, right: Tensor) -> Tensor:
+        """Of vectors ``(..., dim)`` from their counterparts, ``(...)``."""
+        if self.cosine:
+            away = 1 - (left * right).sum(-1)
+            return away.square() if self.squared else away
+        square = (left - right).square().sum(-1)
+        return square if self.squared else root(square)
+
+    def order(self, anchors: Tensor, columns: Tensor) -> Tensor:
+        """A matrix without gradient that sorts each anchor's columns as the distance does, in one product."""
+        with torch.no_grad():
+            lengths = columns.new_zeros(1, 1) if self.cosine else columns.square().sum(1)[None, :]
+            return torch.addmm(lengths, anchors, columns.T, alpha=-2)
 
 
-def plain_euclidean(anchors: Tensor, columns: Tensor) -> Tensor:
-    """``|a - c|``."""
-    return euclidean(anchors, columns, squared=False)
+# Miners: which triplets of a block count. They compare the distances of one anchor, so that any order of them serves.
 
 
-def cosine_distance(anchors: Tensor, columns: Tensor) -> Tensor:
-    """``1 - cos`` of unit vectors, in [0, 2]: half the squared distance."""
-    return 1 - cosine(anchors, columns)
-
-
-def squared_cosine_distance(anchors: Tensor, columns: Tensor) -> Tensor:
-    """``(1 - cos)^2`` of unit vectors."""
-    return cosine_distance(anchors, columns).square()
-
-
-Distance = Callable[[Tensor, Tensor], Tensor]
-DISTANCES: dict[str, Distance] = {
-    "squared": squared_euclidean,
-    "plain": plain_euclidean,
-    "cosine": cosine_distance,
-    "squared_cosine": squared_cosine_distance,
-}
-
-
-def empty_logit(dtype: torch.dtype) -> float:
-    """What stands for "not there" under a log-sum-exp: its exponential is 0, and unlike infinity it gives no NaN."""
-    return torch.finfo(dtype).min / 4
-
-
-# Miners: which triplets of a block count. They compare detached distances.
-
-
-def mine_semi_hard(distance: Tensor, block: Block) -> Mined:
+def mine_semi_hard(order: Tensor, block: Block) -> Mined:
     """For every pair (a, p) the nearest negative farther than p; the farthest negative where there is none.
 
     Schroff et al. 2015 ask for a negative inside the margin; one outside it has loss 0 all the same.
     """
-    partners, detached = block.partners, distance.detach()
-    key, column = detached.masked_fill(~block.negative, torch.inf).sort(dim=1)
+    partners = block.partners
+    key, column = order.masked_fill(~block.negative, torch.inf).sort(dim=1)
     last = block.negative.sum(dim=1, keepdim=True) - 1
-    nearest_farther = torch.searchsorted(key, partners.of(detached, 0.0), right=True)
+    nearest_farther = torch.searchsorted(key, partners.of(order, 0.0), right=True)
     place = torch.minimum(nearest_farther, last).clamp_min(0)
     return Mined(partners.columns, column.gather(1, place), partners.taken & (last >= 0))
 
 
-def mine_batch_hard(distance: Tensor, block: Block) -> Mined:
+def mine_batch_hard(order: Tensor, block: Block) -> Mined:
     """One triplet an anchor: its farthest positive, its nearest negative. Hermans et al. 2017, arXiv 1703.07737."""
-    every = mine_hard_negative(distance, block)
-    farthest = block.partners.of(distance.detach(), -torch.inf).argmax(dim=1, keepdim=True)
+    every = mine_hard_negative(order, block)
+    farthest = block.partners.of(order, -torch.inf).argmax(dim=1, keepdim=True)
     return Mined(*(places.gather(1, farthest) for places in (every.positive, every.negative, every.taken)))
 
 
-def mine_hard_negative(distance: Tensor, block: Block) -> Mined:
+def mine_hard_negative(order: Tensor, block: Block) -> Mined:
     """For every pair (a, p) the negative nearest to a."""
     partners = block.partners
-    nearest, column = distance.detach().masked_fill(~block.negative, torch.inf).min(dim=1, keepdim=True)
+    nearest, column = order.masked_fill(~block.negative, torch.inf).min(dim=1, keepdim=True)
     return Mined(partners.columns, column.expand_as(partners.columns), partners.taken & (nearest < torch.inf))
 
 
@@ -154,30 +153,39 @@ def hinge(difference: Tensor, margin: float, soft: bool) -> Tensor:
     return F.softplus(difference) if soft else F.relu(difference + margin)
 
 
-def mined_triplets(distance: Tensor, mined: Mined, margin: float, soft: bool) -> Terms:
-    """The losses of chosen triplets."""
-    losses = hinge(distance.gather(1, mined.positive) - distance.gather(1, mined.negative), margin, soft)
-    losses = losses.masked_fill(~mined.taken, 0)
+def mined_triplets(distance: Distance, mining: str, block: Block, margin: float, soft: bool) -> Terms:
+    """The losses of the triplets that a miner chooses; only the chosen ones are evaluated with gradient."""
+    mined = MINERS[mining](distance.order(block.anchors, block.columns), block)
+    if mined.taken.shape[1] == 1:
+        near, far = (
+            distance.paired(block.anchors, block.columns[columns.squeeze(1)])[:, None]
+            for columns in (mined.positive, mined.negative)
+        )
+    else:
+        matrix = distance.matrix(block.anchors, block.columns)
+        near, far = matrix.gather(1, mined.positive), matrix.gather(1, mined.negative)
+    losses = hinge(near - far, margin, soft).masked_fill(~mined.taken, 0)
     return Terms(losses.sum(1), mined.taken.sum(1), (losses > 0).sum(1))
 
 
-def all_triplets(distance: Tensor, block: Block, margin: float, soft: bool) -> Terms:
+def all_triplets(distance: Distance, block: Block, margin: float, soft: bool) -> Terms:
     """The losses of every (a, p, n), without enumerating them.
 
-    Summed over p and n, a loss of ``D_ap - D_an`` has the gradient ``k_p`` with respect to ``D_ap`` and ``-w_n`` with
-    respect to ``D_an``: the slopes summed over the other index. So ``sum_p k_p D_ap - sum_n w_n D_an``, with k and w
-    constant, has the right gradient; a constant makes its value right too.
+    Summed over p and n, a loss of ``D_ap - D_an`` has the derivative ``k_p`` by ``D_ap`` and ``-w_n`` by ``D_an``: its
+    slopes summed over the other index.
     """
+    matrix = distance.matrix(block.anchors, block.columns)
     with torch.no_grad():
         weigh = _soft_weights if soft else _hinge_weights
-        of_positives, of_negatives, constant, active = weigh(distance.detach(), block, margin)
-    near = (block.partners.of(distance, 0.0) * of_positives).sum(1)
-    losses = near - (distance * of_negatives).sum(1) + constant
+        values, of_positives, slope, active = weigh(matrix.detach(), block, margin)
+        # Positives and negatives are different columns.
+        slope.neg_().scatter_add_(1, block.partners.columns, of_positives)
+    losses = with_slope(matrix, values, slope)
     return Terms(losses, block.partners.taken.sum(1) * block.negative.sum(1), active)
 
 
 def _hinge_weights(distance: Tensor, block: Block, margin: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How many hinges of each positive and each negative are open.
+    """The sum of ``[D_ap - D_an + m]_+``, and how many hinges of each positive and of each negative are open.
 
     With the thresholds ``t_p = D_ap + m`` in ascending order, the place of D_an among them says which are open: one
     binary search among the few positives for every negative, and a histogram of the places.
@@ -189,24 +197,23 @@ def _hinge_weights(distance: Tensor, block: Block, margin: float) -> tuple[Tenso
     histogram = distance.new_zeros(len(distance), most + 1)
     histogram.scatter_add_(1, place, distance.new_ones(()).expand_as(distance))
     opened = histogram[:, :most].cumsum(1).masked_fill(threshold == -torch.inf, 0)
+    values = (opened * threshold.masked_fill(threshold == -torch.inf, 0)).sum(1) - (distance * of_negatives).sum(1)
     of_positives = torch.zeros_like(opened).scatter_(1, rank, opened)
-    active = opened.sum(1)
-    return of_positives, of_negatives, active * margin, active.long()
+    return values.clamp_min(0), of_positives, of_negatives, opened.sum(1).long()
 
 
 def _soft_weights(distance: Tensor, block: Block, _margin: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The slopes of ``log(1 + exp(D_ap - D_an))``, one positive of every anchor at a time."""
-    partners, total = block.partners, torch.zeros_like(distance[:, 0])
-    absent = empty_logit(distance.dtype)
-    of_positives, of_negatives = torch.zeros_like(partners.of(distance, 0.0)), torch.zeros_like(distance)
+    """The sum of ``log(1 + exp(D_ap - D_an))`` and its slopes, one positive of every anchor at a time."""
+    partners, absent = block.partners, empty_logit(distance.dtype)
+    values, of_negatives = torch.zeros_like(distance[:, 0]), torch.zeros_like(distance)
+    of_positives = torch.zeros_like(partners.columns, dtype=distance.dtype)
     for number, near in enumerate(partners.of(distance, absent).unbind(1)):
         difference = (near[:, None] - distance).masked_fill_(~block.negative, absent)
-        total += F.softplus(difference).sum(1)
+        values += F.softplus(difference).sum(1)
         slope = difference.sigmoid_()
         of_positives[:, number] = slope.sum(1)
         of_negatives += slope
-    constant = total - (partners.of(distance, 0.0) * of_positives).sum(1) + (distance * of_negatives).sum(1)
-    return of_positives, of_negatives, constant, partners.taken.sum(1) * block.negative.sum(1)
+    return values, of_positives, of_negatives, partners.taken.sum(1) * block.negative.sum(1)
 
 
 # Reduction.
