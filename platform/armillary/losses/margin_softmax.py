@@ -15,6 +15,12 @@ SINE_FLOOR = 1e-12
 LEAST_SCALE = 0.01
 
 
+def shifted_cosine(cosine: Tensor, margin: Tensor) -> Tensor:
+    """cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m), from cos(theta) and m in radians."""
+    sine = (1 - cosine.square()).clamp_min(SINE_FLOOR).sqrt()
+    return cosine * margin.cos() - sine * margin.sin()
+
+
 class Softmax(LinearHeadLoss):
     """Cross-entropy over a linear head.
 
@@ -122,9 +128,8 @@ class ArcFace(ClassHeadLoss):
         self.easy_margin, self.extension = easy_margin, extension
 
     def target(self, cosine: Tensor, margin: Tensor) -> Tensor:
-        """T = cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m)."""
-        sine = (1 - cosine.square()).clamp_min(SINE_FLOOR).sqrt()
-        shifted = cosine * margin.cos() - sine * margin.sin()
+        """T = cos(theta + m)."""
+        shifted = shifted_cosine(cosine, margin)
         if self.easy_margin:
             return torch.where(cosine > 0, shifted, cosine)
         if self.extension:

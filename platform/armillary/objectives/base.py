@@ -175,7 +175,8 @@ class Objective(nn.Module):
     """A trainable recipe. Subclasses state the class attributes, ``build`` their modules, and define ``forward``.
 
     The module holds the whole training graph, encoder included, so that an engine wraps exactly one thing.
-    ``waivers`` names checks of the conformance suite that cannot hold for the method, with the reason; ``convergence``
+    ``waivers`` names checks of the conformance suite that cannot hold for the method, with the reason (``gradcheck``, or
+    ``gradcheck[name-option=value]`` where only that option breaks it); ``convergence``
     says how the suite shows that it learns. ``epoch`` and ``step`` (over the whole run) count from 0 and are set by the
     platform before each forward pass, so that schedules are functions of them and resume by themselves.
 
