@@ -1,0 +1,82 @@
+"""A run whose embedding collapsed is marked and says why."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from armillary.components.collapse import CollapseMonitor
+from armillary.objectives import Batch, BuildContext, Citation, Hyperparameters, Needs, Objective, Output
+from armillary.testing.gloo_pool import GlooPool
+from armillary.training import loop
+from armillary.training.preflight import Plan, plan
+from armillary.training.records import create_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("gloo")]
+
+
+class Shrink(Objective):
+    """Pulls all embeddings to one point, or does nothing: collapse on demand."""
+
+    name, family, citation = "shrink", "test", Citation("nobody", "nothing")
+    needs = Needs(fields=("label",))
+    weight = 1.0
+
+    def build(self, context: BuildContext) -> None:
+        self.point = torch.nn.Parameter(torch.ones(context.embedding_dim))
+        self.collapse = CollapseMonitor()
+
+    def forward(self, batch: Batch) -> Output:
+        embeddings = self.encoder(batch.views[0]) * (1 - self.weight) + self.weight * self.point
+        self.collapse.update(embeddings)
+        return Output(embeddings.square().mean(), {"size": embeddings.detach().norm()})
+
+    def epoch_metrics(self) -> dict[str, Tensor]:
+        return self.collapse.metrics()
+
+
+class Collapsing(Plan):
+    def build(self) -> Objective:
+        ready: Any = super().build()
+        return Shrink(Hyperparameters(), BuildContext(ready.encoder, 32, 3, 40))
+
+
+class Healthy(Collapsing):
+    def build(self) -> Objective:
+        objective: Any = super().build()
+        objective.weight = 0.0
+        return objective  # type: ignore[no-any-return]
+
+
+def train(job: Any, kind: type[Plan], home: str) -> tuple[Any, list[str]]:
+    """The record and what was logged, in a process group of one."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    loop.logger.addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARMILLARY_HOME", home)
+        ready = plan(job)
+        chosen = kind(ready.job, ready.data, ready.views, ready.needs)
+        record = loop.execute(lambda: chosen, create_run(job, "none"), lambda *_: "continue")
+    loop.logger.removeHandler(handler)
+    return record, messages
+
+
+def test_a_collapsed_run_is_marked(tiny_job: Any, orl: Path, armillary_home: Path) -> None:
+    job = tiny_job(train__epochs=1)
+    with GlooPool(1) as alone:
+        collapsed, messages = alone.run(train, job, Collapsing, str(armillary_home))[0]
+        healthy, silence = alone.run(train, job, Healthy, str(armillary_home))[0]
+    assert collapsed.status == "finished"
+    assert collapsed.warnings[0].startswith("collapsed: all samples have nearly one embedding")
+    assert collapsed.metrics["train/embedding_std"] < 0.01
+    assert "nearly one embedding" in messages[0]
+    assert healthy.status == "finished"
+    assert healthy.metrics["train/effective_rank"] > 2
+    assert healthy.warnings == silence == []
