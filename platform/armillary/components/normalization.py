@@ -1,6 +1,10 @@
 """Batch norm over the global batch, on CPU (gloo) and GPU (NCCL) alike.
 
 torch's own ``SyncBatchNorm`` refuses CPU tensors; this one is written over :mod:`armillary.collectives`.
+
+It also takes the place of MoCo's shuffled batch norm. That one keeps a key from sharing its statistics with its query
+alone, which would give the pair away; here both see the statistics of the whole global batch, which say nothing of a
+pair, and N workers still equal one, which batches shuffled over workers would not.
 """
 
 from __future__ import annotations
