@@ -45,6 +45,10 @@ MAX_SIDE = 4096
 MEMORY_LIMIT = 4 * 2**30
 # What protocols compare by, where a dataset brings it: see armillary.evaluation.tables.
 EVALUATION_TABLES = ("pairs", "templates", "matches")
+# A dataset's column with the class that an image should have; -1 for nobody of the dataset.
+TRUE_LABEL = "clean_label"
+# A table with the class numbers (``class``) of a dataset before a part of it was left out: it keeps the folds it had.
+FOLD_CLASSES = "fold_classes"
 # Part of the fingerprint: change it with any rule above.
 _RULE = "folds-1"
 _CLASS_ORDER, _SAMPLE_ORDER, _NOISE = 1, 2, 3
@@ -85,10 +89,11 @@ class PreparedData:
     """A fold of a dataset.
 
     Training labels count from 0 to ``num_classes - 1``. Evaluation labels do too when classes are shared (``sample``);
-    in the open set (``identity``) they are the dataset's own class numbers. ``fingerprint`` covers the content, the
-    kind of split, ``holdout``, the image size and the label noise; not the fold and not the seed, over which results
-    are averaged. ``tables`` are those of :data:`EVALUATION_TABLES` that the dataset has, whole: rows are positions in
-    the dataset, as in ``index``.
+    in the open set (``identity``) they are the dataset's own class numbers. Where a dataset has the column
+    ``clean_label``, wrong labels are trained on but not judged by. ``fingerprint`` covers the content, the kind of
+    split, ``holdout``, the image size and the label noise; not the fold and not the seed, over which results are
+    averaged. ``tables`` are those of :data:`EVALUATION_TABLES` that the dataset has, whole: rows are positions in the
+    dataset, as in ``index``.
     """
 
     train: ImageSet
@@ -119,13 +124,14 @@ def prepare(
     source, columns = _open(dataset, spec.image_size)
     everything = _stored(source, columns, spec)
     if spec.split == "identity":
-        train_rows, held_out = _by_identity(everything.label, spec.fold, spec.holdout == "validation")
+        classes = _fold_classes(dataset)
+        train_rows, held_out = _by_identity(everything.label, spec.fold, spec.holdout == "validation", classes)
     else:
         train_rows, held_out = _by_sample(everything, spec.fold, spec.holdout == "validation")
     if not streams(spec, source):
         check_memory(source)
         everything = replace(everything, images=ArrayImages(pixels(source), everything.index, source.key))
-    train, evaluation = everything.select(train_rows), everything.select(held_out)
+    train, evaluation = everything.select(train_rows), _truly_labelled(everything.select(held_out))
     classes = torch.unique(train.label)
     train = replace(train, label=torch.searchsorted(classes, train.label))
     if spec.split == "sample":
@@ -196,7 +202,7 @@ def fold_count(dataset: Dataset, split: str) -> int:
     """How many folds a dataset has."""
     if split == "sample":
         return SAMPLE_FOLDS
-    classes = sum(count > 0 for count in dataset.manifest.histogram)
+    classes = len(_fold_classes(dataset))
     return classes // _held_out(classes) if classes >= 4 else 0
 
 
@@ -233,8 +239,25 @@ def _held_out(classes: int) -> int:
     return max(2, int(HELD_OUT_CLASSES * classes + 0.5))
 
 
-def _by_identity(label: Tensor, fold: int, validation: bool) -> tuple[Tensor, Tensor]:
-    order = shuffled(torch.unique(label), key(_CLASS_ORDER))
+def _truly_labelled(held_out: ImageSet) -> ImageSet:
+    """Judged by the truth where a dataset knows it: true labels, without strangers and people who are trained on."""
+    truth = held_out.fields.get(TRUE_LABEL)
+    if truth is None:
+        return held_out
+    rows = torch.isin(truth, torch.unique(held_out.label)).nonzero().flatten()
+    return replace(held_out.select(rows), label=truth[rows])
+
+
+def _fold_classes(dataset: Dataset) -> Tensor:
+    """The classes that folds are made of: those with images, and those that had some before a cleaning."""
+    there = torch.tensor(dataset.manifest.histogram).nonzero().flatten()
+    if FOLD_CLASSES not in dataset.manifest.tables:
+        return there
+    return torch.cat([there, torch.from_numpy(dataset.table(FOLD_CLASSES)["class"].to_numpy().copy())]).unique()
+
+
+def _by_identity(label: Tensor, fold: int, validation: bool, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    order = shuffled(torch.unique(label) if classes is None else classes, key(_CLASS_ORDER))
     held = _held_out(len(order))
     test = order[fold * held : (fold + 1) * held]
     train = torch.cat([order[: fold * held], order[(fold + 1) * held :]])

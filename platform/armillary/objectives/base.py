@@ -230,6 +230,17 @@ class Objective(nn.Module):
     def after_step(self, step: int) -> None:
         """Hook: runs on every worker after an optimizer step (teacher, queue, centre)."""
 
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """Pictures that show what the method has learned, kept with the run; called when training has ended.
+
+        Args:
+            images: some that were not trained on, ``(n, channels, height, width)`` in [0, 1].
+
+        Returns:
+            By a name fit for a file, ``(rows, columns, channels, height, width)`` in [0, 1].
+        """
+        return {}
+
     def epoch_metrics(self) -> dict[str, Tensor]:
         """Detached scalars that describe the epoch that ended, equal on all workers (collapse, entropy)."""
         return {}

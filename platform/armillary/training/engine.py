@@ -131,6 +131,10 @@ class Engine:
                 target.copy_(state[name])
         return template
 
+    def class_rows(self) -> dict[str, Tensor]:
+        """The whole row tensors of all class heads by name, on every worker."""
+        return self._rows.whole()
+
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
         """Within it the objective's modules may be called one by one, by some workers more often than by others.

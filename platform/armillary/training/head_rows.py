@@ -84,6 +84,20 @@ class HeadRows:
     def __bool__(self) -> bool:
         return self._optimizer is not None
 
+    @torch.no_grad()
+    def whole(self) -> dict[str, Tensor]:
+        """All workers' rows put together, by name."""
+        found = {}
+        for head_name, head in self._heads.items():
+            for name, row in head.rows().items():
+                # Workers at the end may have fewer rows, or none.
+                most = collectives.all_reduce_max(torch.tensor(len(row), device=row.device))
+                padded = row.new_zeros(int(most), *row.shape[1:])
+                padded[: len(row)] = row
+                full = f"{head_name}.{name}" if head_name else name
+                found[full] = collectives.gather_no_grad(padded)[: head.num_classes]
+        return found
+
     # One step ----------------------------------------------------------------------------------------------------
 
     def join_norms(self, engine: Any) -> None:

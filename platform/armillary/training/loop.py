@@ -23,18 +23,22 @@ from armillary.components import collapse
 from armillary.components.normalization import convert_batch_norm
 from armillary.data.loader import Batches
 from armillary.evaluation import suite
+from armillary.evaluation.grids import save_grid
 from armillary.evaluation.result import ProtocolResult
 from armillary.objectives import Batch, Objective
 from armillary.spec.errors import UserError
 from armillary.spec.loading import digest
 from armillary.training.engine import Engine
-from armillary.training.model import save_encoder
+from armillary.training.model import save_encoder, save_head
 from armillary.training.preflight import Plan
 from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
 from armillary.training.schedules import learning_rate
 from armillary.training.shards import read_meta, write_meta
 
 logger = logging.getLogger(__name__)
+
+# Held-out images that an objective's pictures are made of.
+PICTURES = 8
 
 # (step, metrics, checkpoint folder or None) -> go on or stop. Every worker calls it, with the same step.
 Report = Callable[[int, Mapping[str, float], Path | None], Literal["continue", "stop"]]
@@ -93,6 +97,8 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
                 stopped = report(epoch + 1, metrics, folder) == "stop"
             if stopped:
                 break
+        _keep_head(run, engine)
+        _keep_pictures(plan, run, engine)
         final = _conclude(plan, run, engine.encoder_copy(replica))
     finally:
         engine.close()
@@ -234,6 +240,26 @@ def _evaluate(plan: Plan, encoder: nn.Module) -> tuple[dict[str, float], dict[st
         )
         metrics = suite.metrics_of(results)
     return collectives.broadcast_object(metrics), results
+
+
+def _keep_head(run: RunDirectory, engine: Engine) -> None:
+    """Every worker gives its rows of class heads, rank 0 writes them."""
+    rows = engine.class_rows()
+    if collectives.rank() == 0:
+        save_head(run.path / "model", rows)
+
+
+def _keep_pictures(plan: Plan, run: RunDirectory, engine: Engine) -> None:
+    """Every worker takes part, as parameters may be sharded; rank 0 writes."""
+    if type(engine.objective).pictures is Objective.pictures:
+        return
+    images = plan.data.evaluation.images[torch.arange(min(PICTURES, len(plan.data.evaluation)))]
+    engine.objective.eval()
+    with engine.whole_parameters(), torch.no_grad():
+        found = engine.objective.pictures(images.to(engine.device).float() / 255.0)
+    if collectives.rank() == 0:
+        for name, grid in found.items():
+            save_grid(grid, run.path / "evaluation" / f"{name}.png")
 
 
 def _conclude(plan: Plan, run: RunDirectory, encoder: nn.Module) -> dict[str, float]:

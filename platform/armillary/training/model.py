@@ -1,13 +1,17 @@
-"""The encoder a run leaves behind: safetensors for the weights, JSON for how to build it. Nothing is pickled."""
+"""The encoder a run leaves behind: safetensors for the weights, JSON for how to build it. Nothing is pickled.
+
+Beside it lie the rows of its class heads, where it has one: row c is that of the c-th training class.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from armillary.components.backbones import build_encoder
 from armillary.components.normalization import convert_batch_norm
@@ -15,7 +19,7 @@ from armillary.spec.errors import UserError
 from armillary.spec.jobs import BackboneSpec, TrainJob
 from armillary.training.rundir import RunDirectory, write_atomically
 
-WEIGHTS, DESCRIPTION = "encoder.safetensors", "model.json"
+WEIGHTS, DESCRIPTION, HEAD = "encoder.safetensors", "model.json", "head.safetensors"
 
 
 def save_encoder(folder: Path, encoder: nn.Module, job: TrainJob, channels: int, image_size: tuple[int, int]) -> None:
@@ -30,6 +34,27 @@ def save_encoder(folder: Path, encoder: nn.Module, job: TrainJob, channels: int,
         "objective": job.objective.name,
     }
     write_atomically(folder / DESCRIPTION, json.dumps(description, indent=2))
+
+
+def save_head(folder: Path, rows: Mapping[str, Tensor]) -> None:
+    """Writes the whole row tensors of class heads, by the name they have in the objective, e.g. ``loss.weight``."""
+    if rows:
+        save_file({name: value.detach().cpu().contiguous() for name, value in rows.items()}, folder / HEAD)
+
+
+def load_head(run: RunDirectory) -> dict[str, Tensor]:
+    """The row tensors of a finished run's class heads, ``(classes, ...)``, by name.
+
+    Raises:
+        UserError: the run left none: its objective has no class head, or it has not finished.
+    """
+    path = run.path / "model" / HEAD
+    if not path.is_file():
+        raise UserError(
+            f"run {run.run_id} has no class head",
+            hint="it is written when a run of an objective with one ends; `armillary objectives list` names them",
+        )
+    return load_file(path)
 
 
 def load_encoder(run: RunDirectory) -> nn.Module:
