@@ -30,7 +30,7 @@ class L2SoftmaxObjective(ClassHeadObjective):
         "https://arxiv.org/abs/1703.09507",
     )
     loss_class = L2Softmax
-    convergence = Convergence(job={"objective.radius": 16})
+    convergence = Convergence(margin=0.12, job={"objective.radius": 16})
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.adaptive_scale.L2Softmax`."""
@@ -74,6 +74,9 @@ class P2SGradObjective(ClassHeadObjective):
         "gradcheck[p2sgrad-formulation=survey]": "the survey's weights have no gradient"
     }
     catalog_id = "p2sgrad"
+    convergence = Convergence(
+        margin=0.02, job={"objective.multiplier": 10, "train.epochs": 16}, reason="its gradients are small at the start"
+    )
     citation = Citation(
         "Xiao Zhang, Rui Zhao, Junjie Yan, Mengya Gao, Yu Qiao, Xiaogang Wang, Hongsheng Li",
         "P2SGrad: Refined Gradients for Optimizing Deep Face Models",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from armillary.components.heads import Projector
 from armillary.losses import ClassHeadLoss
-from armillary.objectives.base import Batch, BuildContext, Needs, Objective, Output
+from armillary.objectives.base import Batch, BuildContext, Convergence, Needs, Objective, Output
 
 
 class ClassHeadObjective(Objective):
@@ -21,6 +21,7 @@ class ClassHeadObjective(Objective):
 
     family = "margin_softmax"
     needs = Needs(recipe="faces", fields=("label",), components=("class_head",))
+    convergence = Convergence(margin=0.12)
     loss_class: ClassVar[type[ClassHeadLoss]]
 
     def build(self, context: BuildContext) -> None:

@@ -30,7 +30,7 @@ class MVSoftmaxObjective(ClassHeadObjective):
         "https://arxiv.org/abs/1912.00833",
     )
     loss_class = MVSoftmax
-    convergence = Convergence(job={"objective.scale": 16, "objective.margin": 0.2})
+    convergence = Convergence(margin=0.1, job={"objective.scale": 16, "objective.margin": 0.2})
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.hard_classes.MVSoftmax`."""
@@ -58,7 +58,7 @@ class CurricularFaceObjective(ClassHeadObjective):
     )
     loss_class = CurricularFace
     waivers: ClassVar[Mapping[str, str]] = {"gradcheck": "t and the survey's weights follow the batch without gradient"}
-    convergence = Convergence(job=SMALL_DATA)
+    convergence = Convergence(margin=0.12, job=SMALL_DATA)
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.hard_classes.CurricularFace`."""
@@ -83,7 +83,7 @@ class SubcenterArcFaceObjective(ClassHeadObjective):
         "https://www.ecva.net/papers/eccv_2020/papers_ECCV/papers/123560715.pdf",
     )
     loss_class = SubcenterArcFace
-    convergence = Convergence(job=SMALL_DATA)
+    convergence = Convergence(margin=0.12, job=SMALL_DATA)
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.hard_classes.SubcenterArcFace`."""

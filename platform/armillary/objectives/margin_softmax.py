@@ -8,7 +8,7 @@ from pydantic import Field
 
 from armillary import losses
 from armillary.objectives import base
-from armillary.objectives.base import Citation
+from armillary.objectives.base import Citation, Convergence
 from armillary.objectives.bases import ClassHeadObjective
 from armillary.objectives.registry import register
 
@@ -42,6 +42,7 @@ class NormFace(ClassHeadObjective):
         "https://arxiv.org/abs/1704.06369",
     )
     loss_class = losses.NormFace
+    convergence = Convergence(margin=0.12)
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.NormFace`."""
@@ -64,6 +65,7 @@ class CosFace(ClassHeadObjective):
         "https://arxiv.org/abs/1801.09414",
     )
     loss_class = losses.CosFace
+    convergence = Convergence(margin=0.12, job=SMALL_DATA)
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.CosFace`."""
@@ -86,6 +88,7 @@ class ArcFace(ClassHeadObjective):
         "https://arxiv.org/abs/1801.07698",
     )
     loss_class = losses.ArcFace
+    convergence = Convergence(margin=0.12, job=SMALL_DATA)
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.ArcFace`."""

@@ -27,6 +27,8 @@ class AnnealedHyperparameters(base.Hyperparameters):
 class AnnealedObjective(ClassHeadObjective):
     """Tells the loss the optimizer step, so that accumulated micro-batches do not count."""
 
+    loss: LSoftmax | SphereFace
+
     def forward(self, batch: Batch) -> Output:
         """The loss of the first view's embeddings."""
         self.loss.iteration.fill_(self.step)
@@ -47,7 +49,7 @@ class LSoftmaxObjective(AnnealedObjective):
         "https://arxiv.org/abs/1612.02295",
     )
     loss_class = LSoftmax
-    convergence = Convergence(job={"objective.annealing_start": 5.0})
+    convergence = Convergence(margin=0.12, job={"objective.annealing_start": 5.0})
 
     class Hyperparameters(AnnealedHyperparameters):
         """Arguments of :class:`armillary.losses.multiplied_angles.LSoftmax`."""
@@ -72,7 +74,7 @@ class SphereFaceObjective(AnnealedObjective):
         "https://arxiv.org/abs/1704.08063",
     )
     loss_class = SphereFace
-    convergence = Convergence(job={"objective.annealing_start": 5.0})
+    convergence = Convergence(margin=0.12, job={"objective.annealing_start": 5.0})
 
     class Hyperparameters(AnnealedHyperparameters):
         """Arguments of :class:`armillary.losses.multiplied_angles.SphereFace`."""
