@@ -17,7 +17,7 @@ from torch import Tensor
 from armillary.losses.global_batch import first_column, global_rows
 from armillary.losses.slopes import empty_logit, log_sum_exp_
 
-# Elements of one block's matrix: 4 MB in float32. Smaller ones fit a core's own cache, but waste time between operations.
+# Elements of one block's matrix: 4 MB in float32. Smaller ones fit a core's cache, but waste time between operations.
 BLOCK_ELEMENTS = 2**20
 
 
@@ -177,7 +177,8 @@ def by_blocks(
         The function's tensors, ``(anchors, ...)``; differentiable once, through the first.
     """
     size = max(16, BLOCK_ELEMENTS // max(1, len(columns)))
-    labels, column_labels = (keys if labels is None else labels), (column_keys if labels is None else column_labels)
+    if labels is None or column_labels is None:
+        labels, column_labels = keys, column_keys
     fixed, blocks = columns.detach(), []
     for start in range(0, len(anchors), size):
         rows = slice(start, start + size)

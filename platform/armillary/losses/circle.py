@@ -36,8 +36,8 @@ class Circle(TupleLoss):
         L = log(1 + sum_n exp(gamma alpha_n (s_n - Delta_n)) * sum_p exp(-gamma alpha_p (s_p - Delta_p)))
 
     ``per_anchor``: the sums run over one anchor's pairs, and L is averaged over the anchors that have both kinds;
-    ``whole_batch``: over all unordered pairs of the batch, one L. A survey prints squared hinges of both similarities with
-    their signs reversed: that charges similar positives and dissimilar negatives, a slip.
+    ``whole_batch``: over all unordered pairs of the batch, one L. A survey prints squared hinges of both similarities
+    with their signs reversed: that charges similar positives and dissimilar negatives, a slip.
 
     Args:
         m: relaxation, above 0 to 1; the paper's 0.25 for faces, 0.4 for fine-grained retrieval.
@@ -105,7 +105,7 @@ class Circle(TupleLoss):
         def of_block(block: Block) -> tuple[Tensor, ...]:
             return torch.stack(self.logits(block), dim=1), block.partners.taken.sum(1)
 
-        # One pair decides over the whole batch, and gamma multiplies its rounding error: float32 would leave 1e-4 of it.
+        # Few pairs decide over the whole batch, and gamma multiplies their rounding error.
         anchors = normalize(embeddings.double())
         pooled, positives = against_batch(of_block, anchors, labels, self.gather, eager=False, labels=apart)
         # Each unordered pair is seen from both ends: half of either sum.
@@ -120,8 +120,8 @@ class Circle(TupleLoss):
 class CircleHead(ClassHeadLoss):
     """Circle loss over classes: the formula of :class:`Circle` with s_p = cos(x, w_y) and s_n = cos(x, w_j).
 
-    ``L = mean_i -log( e^(gamma T_i) / (e^(gamma T_i) + sum_{j != y} e^(gamma N_ij)) )`` with ``T = alpha_p (s_p - 1 + m)``
-    and ``N = alpha_n (s_n - m)``, the weights alpha held constant.
+    ``L = mean_i -log( e^(gamma T_i) / (e^(gamma T_i) + sum_{j != y} e^(gamma N_ij)) )`` with
+    ``T = alpha_p (s_p - 1 + m)`` and ``N = alpha_n (s_n - m)``, the weights alpha held constant.
 
     Args:
         num_classes: C.

@@ -15,7 +15,7 @@ from armillary.losses.tuples import Distance, Terms, TupleLoss, mined_triplets
 
 
 class CrossVersionTriplet(TupleLoss):
-    """Batch-hard triplets over versions of images, e.g. resolutions. Lai and Lam, APSIPA ASC 2021 (as they released it).
+    """Batch-hard triplets over versions of images, e.g. resolutions. Lai and Lam, APSIPA ASC 2021, as released.
 
     Over all versions u of all images, with d = 1 - cos::
 
@@ -45,7 +45,7 @@ class CrossVersionTriplet(TupleLoss):
 
 @float32_math
 def feature_consistence(features: Tensor, others: Tensor) -> Tensor:
-    """``mean_i (1 - cos(f_i, g_i))`` of features ``(batch, dim)`` of images and of their other versions, this worker's."""
+    """``mean_i (1 - cos(f_i, g_i))`` of features ``(batch, dim)`` of images and of their other versions."""
     return 1 - (normalize(features) * normalize(others)).sum(1).mean() + not_a_number_guard(features * others)
 
 

@@ -22,15 +22,15 @@ class LiftedStructure(TupleLoss):
         J_ij = log( sum_{k in N(i)} exp(alpha - D_ik) + sum_{l in N(j)} exp(alpha - D_jl) ) + D_ij
         L    = 1 / (2 |P|) sum_{(i, j) in P} max(0, J_ij)^2
 
-    ``formulation="survey"`` is the sum over P of the logarithm alone, of squared distances: without the attraction D_ij,
-    the hinge and the mean. Nothing then holds raw embeddings together; use it with ``normalize``.
+    ``formulation="survey"`` is the sum over P of the logarithm alone, of squared distances: without the attraction
+    D_ij, the hinge and the mean. Nothing then holds raw embeddings together; use it with ``normalize``.
 
     Args:
         alpha: the margin, a distance; 0 to 10.
         normalize: compare unit vectors; the paper compares raw ones.
         formulation: ``paper`` or ``survey``.
-        reduction: ``mean_all`` (the paper's), ``mean_active`` over pairs with a loss, ``sum`` over pairs, ``none``: each
-            sample's sum, ``(batch,)``. The survey's formulation is a sum.
+        reduction: ``mean_all`` (the paper's), ``mean_active`` over pairs with a loss, ``sum`` over pairs, ``none``:
+            each sample's sum, ``(batch,)``. The survey's formulation is a sum.
         gather: see the other workers' samples.
 
     Raises:

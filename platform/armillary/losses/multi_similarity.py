@@ -22,15 +22,15 @@ class MultiSimilarity(TupleLoss):
                        + 1/beta  log(1 + sum_{n in N_i} exp( beta (S_in - lam)))
 
     An anchor without any positive or any negative in the batch is left out of the sum, but not of B. The paper's text
-    sets lam = 1, its code 0.5 (and beta 40), as here. That code also drops an anchor when one of its mined sets is empty;
-    here the other set still counts, as the formula says.
+    sets lam = 1, its code 0.5 (and beta 40). That code also drops an anchor when one of its mined sets is empty; here
+    the other set still counts, as the formula says.
 
     Args:
         alpha: sharpness over positives, above 0 to 1000.
         beta: sharpness over negatives, above 0 to 1000.
         lam: the cosine that both are measured from, -1 to 1.
         epsilon: slack of the miner, a difference of cosines, 0 or more; ``None`` mines nothing.
-        reduction: ``mean_all`` over the batch, ``mean_active`` over anchors with a loss, ``sum``, or ``none``: ``(batch,)``.
+        reduction: ``mean_all`` over the batch, ``mean_active`` over anchors with a loss, ``sum`` or ``none``.
         gather: see the other workers' samples.
 
     Raises:

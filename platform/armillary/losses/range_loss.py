@@ -48,8 +48,8 @@ class RangeLoss(nn.Module):
 
     A class with fewer than k pairs uses those it has, one without a pair adds nothing; a batch of one class has no
     L_inter. ``formulation="survey"`` is one hinge over the batch, of plain distances: the widest pair within a class
-    minus the narrowest pair of two classes, plus m. The paper's own weights (5e-5, 1e-4) and margin (some 2e4) belong to
-    unbounded features of a large network; these defaults suit features of length 1.
+    minus the narrowest pair of two classes, plus m. The paper's own weights (5e-5, 1e-4) and margin (some 2e4) belong
+    to unbounded features of a large network; these defaults suit features of length 1.
 
     Args:
         k: ranges of each class, 1 to 64.

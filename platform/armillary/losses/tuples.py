@@ -1,4 +1,4 @@
-"""Parts of losses over pairs and tuples: distances, miners, hinges over triplets, reductions, and the base of the losses.
+"""Parts of losses over pairs and tuples: distances, miners, hinges over triplets, reductions, the losses' base.
 
 A loss is a distance or similarity, a selection of tuples, a function of each, and a reduction. The first three see a
 :class:`~armillary.losses.blocks.Block` of this worker's anchors against all workers' samples, so that nothing of the
@@ -269,7 +269,7 @@ class TupleLoss(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define terms")
 
     def prepare(self, vectors: Tensor, labels: Tensor, apart: Tensor | None) -> Tensor:
-        """What stands for each sample in the blocks, ``(batch, ...)``: its vector, and what else a pair must know of it."""
+        """What stands for each sample in the blocks, ``(batch, ...)``: its vector, and what else pairs must know."""
         return vectors
 
     def extra_repr(self) -> str:

@@ -55,8 +55,8 @@ class SiamesePose(ClassHeadObjective):
         1/(2 N) sum [y d^2 + (1 - y) max(0, margin - d)^2]
 
     ``consistence`` (ours, after the paper's abstract) adds to a CosFace loss the two terms of
-    :mod:`armillary.losses.cross_view`: every image and its virtual pose, made by turning it as the skin of a cylinder by
-    up to 45 degrees, keep one direction; profile faces (|yaw| above ``profile_yaw_deg``) stay near the mean of their
+    :mod:`armillary.losses.cross_view`: every image and its virtual pose, made by turning it as the skin of a cylinder
+    by up to 45 degrees, keep one direction; profile faces (|yaw| above ``profile_yaw_deg``) stay near the mean of their
     identity's::
 
         L = L_id + lambda_fc L_FC + lambda_ic L_IC
@@ -137,10 +137,10 @@ class SiameseLowRes(ClassHeadObjective):
 
         L = mean over all versions of CosFace + lambda_dist L_dist
 
-    with L_dist of :class:`armillary.losses.CrossVersionTriplet`. The release calls every other image a negative, also of
-    the same person; ``negatives: other_label`` does not. It resizes to 8, 12 and 16 of 128 pixels; here the view recipe
-    draws each further version's factor. A survey prints a logistic loss whose sign is reversed, so that pairs of one
-    person are pushed apart: a slip.
+    with L_dist of :class:`armillary.losses.CrossVersionTriplet`. The release calls every other image a negative, also
+    of the same person; ``negatives: other_label`` does not. It resizes to 8, 12 and 16 of 128 pixels; here the view
+    recipe draws each further version's factor. A survey prints a logistic loss whose sign is reversed, so that pairs of
+    one person are pushed apart: a slip.
     """
 
     name = "siamese_low_res"
@@ -203,8 +203,8 @@ class CrossResolution(ClassHeadObjective):
     originals; the student starts from it. 0 takes the encoder as the run found it. ``curriculum`` raises p from 0.1 by
     0.1 every ``curriculum_step_images`` images. How low a resolution is, the view recipe says (``views.low_res``).
 
-    ``formulation="survey"``: one encoder for both, ``lam |f(x) - f(x')|^2 + ArcFace(f(x'))``; its first term alone would
-    be content with one point for all images.
+    ``formulation="survey"``: one encoder for both, ``lam |f(x) - f(x')|^2 + ArcFace(f(x'))``; its first term alone
+    would be content with one point for all images.
     """
 
     name = "cross_resolution"
@@ -254,7 +254,8 @@ class CrossResolution(ClassHeadObjective):
         if self.hyperparameters.curriculum:
             seen = (self.step - self.teacher_steps) * self.batch_size
             share = min(1.0, 0.1 * (1 + seen // self.hyperparameters.curriculum_step_images))
-        return uniforms(sample_keys(key(_LOWER, self.seed, self.step), index), 1)[:, 0] < share
+        drawn: Tensor = uniforms(sample_keys(key(_LOWER, self.seed, self.step), index), 1)[:, 0]
+        return drawn < share
 
     def forward(self, batch: Batch) -> Output:
         """The loss of one step, the teacher's while it is being trained."""

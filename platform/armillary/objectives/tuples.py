@@ -180,12 +180,12 @@ class NPair(TupleObjective):
         symmetric: bool = Field(False, description="average with the direction from positive to anchor")
 
     @classmethod
-    def needs_for(cls, hyperparameters: Any) -> Needs:
+    def needs_for(cls, hyperparameters: Any) -> Needs:  # noqa: ARG003
         """Two images of each class, whatever the hyperparameters."""
         return cls.needs
 
     def forward(self, batch: Batch) -> Output:
-        """The loss of one pair of each class; of its two images the one that comes first in the dataset is the anchor."""
+        """The loss of one pair of each class; the image that comes first in the dataset is the anchor."""
         metrics: dict[str, Tensor] = {}
         embeddings = self.encoder(batch.views[0])
         return Output(self.loss(embeddings, batch.label, order=batch.index, metrics=metrics), metrics)
@@ -231,7 +231,7 @@ _CIRCLE_WAIVERS = {"gradcheck": "the self-paced weights are held constant"}
 
 @register
 class Circle(TupleObjective):
-    """Circle loss over pairs: every similarity is pulled with a weight of its own, the farther from its optimum the more.
+    """Circle loss over pairs: a similarity is pulled the more, the farther it is from its optimum.
 
     Formula and forms: :class:`armillary.losses.Circle`.
     """
