@@ -90,7 +90,7 @@ def make(name: str) -> ClassHeadLoss:
     head: ClassHeadLoss = HEADS[name]().double()
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return head
 
 
@@ -279,13 +279,13 @@ def split_step(name: str, classes_of_two: bool) -> tuple[Tensor, Tensor, Tensor,
     metrics: dict[str, Tensor] = {}
     loss = head(given[half], labels[half], metrics=metrics)
     loss.backward()
-    others = {}
-    for key, parameter in head.named_parameters():
-        dist.all_reduce(parameter.grad)
-        others[key] = parameter.grad / dist.get_world_size()
-    rows = {key: row.grad for key, row in head.rows().items()}
+    found = {key: tensor.grad for key, tensor in {**head.rows(), **dict(head.named_parameters())}.items()}
+    whole = {key: gradient for key, gradient in found.items() if gradient is not None}
+    for key, _ in head.named_parameters():
+        dist.all_reduce(whole[key])
+        whole[key] /= dist.get_world_size()
     assert given.grad is not None
-    return loss.detach(), given.grad, metrics["accuracy"], {**rows, **others}, head.state_dict()
+    return loss.detach(), given.grad, metrics["accuracy"], whole, head.state_dict()
 
 
 @pytest.mark.xdist_group("gloo")
