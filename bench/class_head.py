@@ -115,7 +115,7 @@ def compare(ours: ClassHeadLoss, theirs: torch.nn.Module, embeddings: Tensor, la
     assert ours.weight.grad is not None
     other, other_gradient = step(theirs, embeddings, labels)
     pairs = ((gradient, found_gradient), (rows, ours.weight.grad))
-    cosines = [float(torch.cosine_similarity(a.flatten(), b.flatten(), 0)) for a, b in pairs]
+    cosines = [float(torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0)) for a, b in pairs]
     print(f"  {name} (loss {exact:.3f})")
     print(f"    bf16: loss off by {abs(found / exact - 1):.1e}, cosine of gradients {cosines[0]:.5f}, {cosines[1]:.5f}")
     off = float((gradient - other_gradient).abs().max() / other_gradient.abs().max())
