@@ -21,7 +21,7 @@ ROWS = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0]], dtype=torch.float64)
 BIAS = torch.tensor([0.1, -0.2, 0.0], dtype=torch.float64)
 LABELS = torch.tensor([0, 1])
 COSINES = [[0.8, 0.3, -0.2], [0.45, 0.4, 0.05]]
-NEVER = {"annealing_start": 0.0, "annealing_floor": 0.0}
+NEVER: dict[str, Any] = {"annealing_start": 0.0, "annealing_floor": 0.0}
 
 
 def on_rows(cls: Any, **options: Any) -> Any:
@@ -213,8 +213,9 @@ def test_subcenters_pool_the_nearest() -> None:
     value = loss(features, LABELS)
     assert float(value) == pytest.approx(17.22809788, rel=1e-7)
     value.backward()
+    assert loss.weight.grad is not None
     gradient = loss.weight.grad.abs().sum(2)
-    assert (gradient[1, 0] > 0) == (gradient[1, 1] > 0) == True  # noqa: E712  each is the nearest of one sample
+    assert (gradient[1] > 0).all(), "each is the nearest of one sample"
     assert gradient[0, 1] == 0, "never the nearest"
     loss.weight.data.copy_(loss.weight.data.flip(1))
     torch.testing.assert_close(loss(features, LABELS), value.detach())
@@ -261,6 +262,8 @@ class TestTerms:
         value = term(features)
         assert float(value) == pytest.approx(1.14589803)
         value.backward()
+        assert features.grad is not None
+        assert term.radius.grad is not None
         assert float(term.radius.grad) == pytest.approx(-0.61803399)
         assert features.grad.flatten().tolist() == pytest.approx([0.6, 0.8, 0.17082039, -0.34164079])
         softmax = on_rows(Softmax)(FEATURES, LABELS)
@@ -279,6 +282,7 @@ class TestTerms:
         # Only pairs of one person: they keep their half of the weight.
         assert float(value) == pytest.approx(2.5 / 2)
         value.backward()
+        assert together.grad is not None
         torch.testing.assert_close(together.grad[0], (together[0] - together[1]).detach() / 2)
         apart = torch.tensor([[1.0, 2.0], [4.0, 4.0]], dtype=torch.float64)
         assert float(PairVerification(margin=6.0)(apart, LABELS)) == pytest.approx(2.86669235 / 2)
@@ -313,6 +317,7 @@ class TestPytorchMetricLearning:
             own = features.clone().requires_grad_()
             value = loss(own, labels)
             value.backward()
+            assert own.grad is not None
             gradients.append((value.detach(), own.grad))
         torch.testing.assert_close(gradients[0][0] * factor, gradients[1][0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradients[0][1] * factor, gradients[1][1], rtol=1e-5, atol=1e-5)

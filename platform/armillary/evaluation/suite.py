@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from armillary.data.splits import ImageSet, PreparedData
 
+# What a run's evaluation folder calls its warnings, one a line.
+WARNINGS = "warnings.txt"
+
 
 def check_protocols(names: Sequence[str], split: Literal["identity", "sample"], *, where: str | None = None) -> None:
     """Checks that protocols exist and make sense on a split.
@@ -175,7 +178,7 @@ def save_curves(results: dict[str, ProtocolResult], folder: Path, *, name: str =
             np.savez_compressed(path, allow_pickle=False, **result.curves)
             written.append(path)
     if sentences := warnings_of(results):
-        path = folder / "warnings.txt"
+        path = folder / WARNINGS
         path.write_text("".join(f"{sentence}\n" for sentence in sentences))
         written.append(path)
     return [*written, *save_pictures(results, folder, name=name)]

@@ -175,9 +175,9 @@ class Objective(nn.Module):
     """A trainable recipe. Subclasses state the class attributes, ``build`` their modules, and define ``forward``.
 
     The module holds the whole training graph, encoder included, so that an engine wraps exactly one thing.
-    ``waivers`` names checks of the conformance suite that cannot hold for the method, with the reason (``gradcheck``, or
-    ``gradcheck[name-option=value]`` where only that option breaks it); ``convergence``
-    says how the suite shows that it learns. ``epoch`` and ``step`` (over the whole run) count from 0 and are set by the
+    ``waivers`` names checks of the conformance suite that cannot hold for the method, with the reason (``gradcheck``,
+    or ``gradcheck[name-option=value]`` where only that option breaks it); ``convergence`` says how the suite shows that
+    it learns. ``epoch`` and ``step`` (over the whole run) count from 0 and are set by the
     platform before each forward pass, so that schedules are functions of them and resume by themselves.
 
     What a worker draws at random must depend on ``batch.index``, ``step`` and the seed alone
@@ -205,6 +205,11 @@ class Objective(nn.Module):
     def needs_for(cls, hyperparameters: Any) -> Needs:  # noqa: ARG003
         """The needs under these hyperparameters; override where they change them."""
         return cls.needs
+
+    @classmethod
+    def waivers_for(cls, hyperparameters: Any) -> Mapping[str, str]:  # noqa: ARG003
+        """The waivers under these hyperparameters; override where a check holds for some of them only."""
+        return cls.waivers
 
     def build(self, context: BuildContext) -> None:
         """Makes the objective's own modules; the encoder is already ``self.encoder``."""

@@ -84,6 +84,12 @@ def plan(
         recipe = needs.recipe if job.views.name == "auto" else job.views.name
         fixed = needs.recipe_options if recipe == needs.recipe else {}
         views = make_views(recipe, {**fixed, **job.views.options})
+        if recipe != needs.recipe and views.count not in (None, needs.views):
+            raise UserError(
+                f"the recipe {recipe} makes {views.count} views, {job.objective.name} compares {needs.views}",
+                key="views.name",
+                allowed=f"auto ({needs.recipe}), or a recipe that makes as many views as it is asked for",
+            )
         _check_backbone(job)
         check_protocols(job.evaluate.protocols, job.data.split)
         _check_training(job, needs)
