@@ -135,9 +135,12 @@ def _execute(load_plan: Callable[[], Plan], run: RunDirectory, report: Report, r
 
 
 def _warnings(run: RunDirectory, metrics: Mapping[str, float]) -> list[str]:
-    """What is wrong with a run that ended well, by its last epoch's metrics; rank 0 logs it."""
+    """What is wrong with a run that ended well, by its last epoch's metrics and its evaluation; rank 0 logs it."""
     reason = collapse.verdict(metrics)
     warnings = [f"collapsed: {reason}"] if reason else []
+    judged = run.path / "evaluation" / suite.WARNINGS
+    if judged.is_file():
+        warnings += judged.read_text().splitlines()
     for warning in warnings if collectives.rank() == 0 else []:
         logger.warning("run %s: %s", run.run_id, warning)
     return warnings
