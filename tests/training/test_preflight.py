@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from armillary.objectives import registry
 from armillary.spec.errors import UserError
 from armillary.training.preflight import check_capacity, plan
 
@@ -63,7 +65,9 @@ def test_an_encoder_without_what_the_objective_uses(tiny_job: Any, orl: Path, mo
     plan(tiny_job(backbone={"name": "small_vit", "embedding_dim": 16, "patch": 4}))
 
 
-def test_local_crops_and_an_encoder_for_one_size(tiny_job: Any, orl: Path) -> None:
+def test_local_crops_and_an_encoder_for_one_size(tiny_job: Any, orl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simclr = registry.get("simclr")
+    monkeypatch.setattr(simclr, "needs", replace(simclr.needs, views=6))
     job = tiny_job(views__name="multicrop_small", objective__name="simclr", objective__margin=None)
     job = job.model_copy(update={"objective": job.objective.model_validate({"name": "simclr"})})
     with pytest.raises(UserError, match=r"the views are 28 x 24 and 14 x 12 px, and small_convnet takes one size only"):
@@ -73,6 +77,12 @@ def test_local_crops_and_an_encoder_for_one_size(tiny_job: Any, orl: Path) -> No
     vit = job.model_copy(update={"backbone": job.backbone.model_validate({"name": "small_vit", "patch": 4})})
     with pytest.raises(UserError, match=r"views.local_size: patches of 4 x 4 px do not divide images of 14 x 12 px"):
         plan(vit)
+
+
+def test_a_recipe_of_other_views_than_asked_for(tiny_job: Any, orl: Path) -> None:
+    job = tiny_job(views__name="multicrop_small", backbone__pool="mean")
+    with pytest.raises(UserError, match=r"views.name: the recipe multicrop_small makes 6 views, arcface compares 1"):
+        plan(job)
 
 
 def test_the_sum_that_does_not_fit(tiny_job: Any) -> None:
