@@ -86,7 +86,7 @@ def sincos_positions(coordinates: Tensor, dim: int) -> Tensor:
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
 
 
-def rotate_by_position(vectors: Tensor, coordinates: Tensor) -> Tensor:
+def rotate_by_position(vectors: Tensor, coordinates: Tensor, base: float = 10000.0) -> Tensor:
     """Rotary positions in two dimensions: the product of two rotated vectors depends on the difference of places alone.
 
     Pairs of channels are turned by ``x w_k`` in the first half, by ``y w_k`` in the second (Su et al., "RoFormer",
@@ -95,21 +95,22 @@ def rotate_by_position(vectors: Tensor, coordinates: Tensor) -> Tensor:
     Args:
         vectors: ``(..., dim)``, dim a multiple of 4.
         coordinates: ``(..., 2)``, x then y; its leading dimensions are broadcast.
+        base: frequencies are ``w_k = base^(-k / (dim / 4))``.
 
     Returns:
         ``(..., dim)``.
     """
-    angles = _angles(coordinates, vectors.shape[-1]).flatten(-2)
+    angles = _angles(coordinates, vectors.shape[-1], base).flatten(-2)
     even, odd = vectors.unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
 
 
-def _angles(coordinates: Tensor, dim: int) -> Tensor:
+def _angles(coordinates: Tensor, dim: int, base: float = 10000.0) -> Tensor:
     """``(..., 2, dim / 4)``: coordinate times frequency."""
     if dim % 4:
         raise ValueError(f"the width of positions in two dimensions must be a multiple of 4, found {dim}")
-    frequency = 10000.0 ** -(torch.arange(dim // 4, device=coordinates.device, dtype=torch.float32) / (dim // 4))
+    frequency = base ** -(torch.arange(dim // 4, device=coordinates.device, dtype=torch.float32) / (dim // 4))
     return coordinates.float()[..., None] * frequency
 
 

@@ -19,7 +19,7 @@ PATCH = 2
 NUM_CLASSES = 4
 EMBEDDING_DIM = 8
 # Hyperparameters that only cost time, made small wherever an objective has them.
-SMALL = {"projection_hidden": 16, "projection_dim": 8}
+SMALL = {"projection_hidden": 16, "projection_dim": 8, "hidden": 16, "downscale": 2.0, "upscale": 2.0, "pretrain": 0.0}
 
 
 class TinyEncoder(nn.Module):
