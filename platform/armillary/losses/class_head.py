@@ -35,6 +35,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from armillary import collectives
 from armillary.losses.class_chunks import CHUNK, Rows
 from armillary.losses.class_rows import Classes, RowSampler, RowSplit
 from armillary.losses.tensors import check_choice, check_embeddings, check_labels, float32_math, normalize, widen
@@ -164,6 +165,22 @@ class ClassHeadLoss(nn.Module):
         """This worker's row tensors by name, ``(rows, ...)``; absent ones (no bias) are left out."""
         found = {name: getattr(self, name) for name in self.row_names}
         return {name: row for name, row in found.items() if row is not None}
+
+    @torch.no_grad()
+    def rows_of(self, labels: Tensor) -> Tensor:
+        """The weights of some classes, ``(n, ...)``, without gradient.
+
+        Args:
+            labels: ``(n,)`` of this worker; every worker must ask for as many.
+        """
+        weight, split = self.weight.detach(), self.row_split
+        if split is None:
+            return weight[labels]
+        wanted = collectives.gather_no_grad(labels) - split.first
+        here = ((wanted >= 0) & (wanted < split.count)).nonzero().squeeze(1)
+        found = weight.new_zeros(len(wanted), *weight.shape[1:]).index_copy_(0, here, weight[wanted[here]])
+        start = collectives.rank() * len(labels)
+        return collectives.all_reduce_sum(found)[start : start + len(labels)]
 
     def split_rows(self, rank: int, workers: int) -> RowSplit:
         """Keeps only the ``rank``-th part of the rows, from now on as plain tensors that no longer are the module's.

@@ -206,11 +206,6 @@ class Objective(nn.Module):
         """The needs under these hyperparameters; override where they change them."""
         return cls.needs
 
-    @classmethod
-    def waivers_for(cls, hyperparameters: Any) -> Mapping[str, str]:  # noqa: ARG003
-        """The waivers under these hyperparameters; override where a check holds for some of them only."""
-        return cls.waivers
-
     def build(self, context: BuildContext) -> None:
         """Makes the objective's own modules; the encoder is already ``self.encoder``."""
 

@@ -32,7 +32,8 @@ class ClassHeadObjective(Objective):
     def forward(self, batch: Batch) -> Output:
         """The loss of the first view's embeddings."""
         metrics: dict[str, Tensor] = {}
-        info = {name: batch.fields[name] for name in self.needs.fields if name != "label"}
+        needed = self.needs_for(self.hyperparameters).fields
+        info = {name: batch.fields[name] for name in needed if name != "label"}
         loss = self.loss(self.encoder(batch.views[0]), batch.label, metrics=metrics, **info)
         return Output(loss, metrics)
 
