@@ -19,7 +19,23 @@ PATCH = 2
 NUM_CLASSES = 4
 EMBEDDING_DIM = 8
 # Hyperparameters that only cost time, made small wherever an objective has them.
-SMALL = {"projection_hidden": 16, "projection_dim": 8, "hidden": 16, "downscale": 2.0, "upscale": 2.0, "pretrain": 0.0}
+SMALL = {
+    "projection_hidden": 16,
+    "projection_dim": 8,
+    "hidden": 16,
+    "downscale": 2.0,
+    "upscale": 2.0,
+    "pretrain": 0.0,
+    "queue_size": 16,
+    "bank_samples": 8,
+    "clip_length": 2,
+    "prototypes": 16,
+    "head_hidden": 16,
+    "bottleneck": 8,
+    "local_crops": 2,
+    "predictor_hidden": 8,
+    "start_step": 0,
+}
 
 
 class TinyEncoder(nn.Module):
