@@ -1,0 +1,149 @@
+"""Queries against a labelled queue: k drawn positives (KCL), and fixed targets on the sphere (TSC)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from armillary.losses.contrastive import masked_cross_entropy
+from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
+
+
+class KPositives(nn.Module):
+    """k-positive contrastive loss, and with targets the targeted one.
+
+    Kang et al., "Exploring Balanced Feature Spaces", ICLR 2021; T. Li et al., "Targeted Supervised Contrastive Learning
+    for Long-Tailed Recognition", CVPR 2022, arXiv 2111.13998, eq. 4. For a query v with its key v', drawn positives V+
+    of its class among the queue V, and targets T of which t belongs to its class::
+
+        d   = exp(v.v' / tau) + sum_{u in V and T} exp(v.u / tau)
+        KCL = -1/(|V+| + 1) sum_{u in V+ and v'} log( exp(v.u / tau) / d )        T empty
+        TSC = KCL's sum with T in d  -  lambda log( exp(v.t / tau) / d )
+
+    The authors' code of TSC divides both parts by ``|V+| + 2`` (``form="released_code"``), which makes lambda's share
+    smaller. That code of KCL draws at random; another public one takes the first k matches of the queue. Undrawn
+    positives stay in d (``unused="keep"``, the paper) or leave it. A public option that means to drop them sets their
+    logits to 0, which leaves exp(0) in d; here they are gone.
+
+    Args:
+        temperature: tau > 0.
+        unused: ``keep`` or ``drop``.
+        target_weight: lambda >= 0.
+        form: ``paper`` or ``released_code``, of the targeted loss.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self, temperature: float = 0.07, unused: str = "keep", target_weight: float = 1.0, form: str = "paper"
+    ) -> None:
+        super().__init__()
+        check_choice("unused", unused, ("keep", "drop"))
+        check_choice("form", form, ("paper", "released_code"))
+        if not (temperature > 0 and target_weight >= 0):
+            raise ValueError(
+                f"temperature must be above 0 and target_weight at least 0, found {temperature}, {target_weight}"
+            )
+        self.temperature, self.unused, self.target_weight, self.form = temperature, unused, target_weight, form
+
+    @float32_math
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        queue: Tensor,
+        same: Tensor,
+        drawn: Tensor,
+        *,
+        targets: Tensor | None = None,
+        target: Tensor | None = None,
+        metrics: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The mean over this worker's queries.
+
+        Args:
+            queries: ``(batch, dim)``; only they receive a gradient.
+            keys: ``(batch, dim)``.
+            queue: ``(K, dim)``.
+            same: ``(batch, K)`` bool, keys of the query's class.
+            drawn: ``(batch, K)`` bool, the positives among them.
+            targets: ``(C, dim)``.
+            target: ``(batch,)`` int64, the row of ``targets`` of each query's class; -1 for none.
+            metrics: receives ``positive_cosine``, of query and key, and ``positives``, drawn ones of a query.
+        """
+        check_embeddings(queries)
+        guard = not_a_number_guard(queries)
+        v, key, rows = normalize(queries), normalize(keys.detach()), normalize(queue.detach()).to(queries.dtype)
+        own = (v * key.to(v.dtype)).sum(dim=1, keepdim=True)
+        first = torch.ones_like(own)
+        positives = torch.cat([first, drawn.to(v.dtype)], dim=1)
+        count = positives.sum(dim=1, keepdim=True)
+        kept = torch.ones_like(same) if self.unused == "keep" else drawn | ~same
+        parts, candidates, weights = [own, v @ rows.T], [first.bool(), kept], [positives / count]
+        if targets is not None and target is not None:
+            parts.append(v @ normalize(targets.detach()).to(v.dtype).T)
+            candidates.append(torch.ones_like(parts[-1], dtype=torch.bool))
+            place = torch.arange(len(targets), device=v.device) == target[:, None]
+            weights = self._with_target(positives, count, place.to(v.dtype))
+        logits, weight = torch.cat(parts, dim=1) / self.temperature, torch.cat(weights, dim=1)
+        losses, _ = masked_cross_entropy(logits, weight, torch.cat(candidates, dim=1))
+        if metrics is not None:
+            metrics["positive_cosine"] = own.detach().mean()
+            metrics["positives"] = count.mean() - 1
+        loss: Tensor = (weight.sum(dim=1) * losses).mean() + guard
+        return loss
+
+    def _with_target(self, positives: Tensor, count: Tensor, place: Tensor) -> list[Tensor]:
+        if self.form == "paper":
+            return [positives / count, self.target_weight * place]
+        return [positives / (count + 1), self.target_weight * place / (count + 1)]
+
+
+def uniform_targets(count: int, dim: int, temperature: float, seed: int, steps: int = 1000) -> Tensor:
+    """Directions that keep away from each other as far as they can, ``(count, dim)``; T. Li et al. 2022, eq. 3.
+
+    They minimise ``mean_i log sum_j exp(t_i.t_j / tau)``. With ``count <= dim + 1`` that is the regular simplex, whose
+    products are -1 / (count - 1), and is written down; otherwise Adam finds it (the authors' code takes 10,000 steps at
+    1e-3, here they are fewer and shrink).
+
+    Args:
+        count: C, 1 or more.
+        dim: of the sphere's space.
+        temperature: tau > 0.
+        seed: of the rotation, or the start.
+        steps: of Adam.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    if count <= dim + 1:
+        rotation = torch.linalg.qr(torch.randn(dim, dim, generator=draw, dtype=torch.float64)).Q
+        centred = torch.eye(count, dtype=torch.float64) - 1 / count
+        # The centred unit vectors lie in count - 1 dimensions; these are their coordinates there.
+        basis = torch.linalg.svd(centred).Vh[: max(1, count - 1)]
+        corners = normalize(centred @ basis.T) if count > 1 else torch.ones(1, 1, dtype=torch.float64)
+        return (corners @ rotation[: corners.shape[1]]).float()
+    points = torch.randn(count, dim, generator=draw).requires_grad_()
+    optimizer = torch.optim.Adam([points], lr=0.1)
+    with torch.enable_grad():
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
+            directions = normalize(points)
+            loss = (directions @ directions.T / temperature).logsumexp(dim=1).mean()
+            (points.grad,) = torch.autograd.grad(loss, points)
+            optimizer.step()
+    found: Tensor = normalize(points.detach())
+    return found
+
+
+def assign_targets(targets: Tensor, means: Tensor) -> Tensor:
+    """The target of each class, ``(C,)`` int64: the one-to-one assignment with the least total distance to class means.
+
+    Args:
+        targets: ``(C, dim)`` of length 1.
+        means: ``(C, dim)``, of each class.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    distance = torch.cdist(normalize(means).double(), targets.double())
+    _, column = linear_sum_assignment(distance.cpu().numpy())
+    return torch.as_tensor(column, dtype=torch.int64, device=targets.device)
