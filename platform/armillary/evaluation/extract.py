@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+
+from armillary.components.modes import evaluating
 
 if TYPE_CHECKING:
     from armillary.data.splits import Images
@@ -27,7 +27,8 @@ def extract(
     Args:
         encoder: maps ``(batch, C, H, W)`` in [0, 1] to ``(batch, D)``; it must be on ``device``. Each of its modules
             leaves in the mode (training or evaluation) it came in.
-        images: uint8 ``(N, C, H, W)``, N >= 1, on any device, or in the store: taken batch by batch.
+        images: uint8 ``(N, C, H, W)``, N >= 1, on any device, or in the store: taken batch by batch. Rows of ids
+            (:class:`armillary.data.ids.IdRows`) reach the encoder as they are.
         batch_size: images at a time.
         flip: gives the mean of the embedding and that of the mirrored image.
         device: where the encoder computes.
@@ -41,31 +42,21 @@ def extract(
     """
     from armillary.data.loader import in_order
 
-    if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
+    if images.dtype not in (torch.uint8, torch.int64) or images.ndim != 4 or not len(images):
         raise ValueError(f"images must be uint8 (N, C, H, W) with N >= 1, found {images.dtype} {tuple(images.shape)}")
     device = torch.device(device)
     parts = []
     with (
-        _evaluating(encoder),
+        evaluating(encoder),
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
         for part in in_order(images, torch.arange(len(images)).split(batch_size)):
-            batch = part.to(device).float() / 255.0
+            batch = part.to(device)
+            if batch.dtype == torch.uint8:
+                batch = batch.float() / 255.0
             embedding = encoder(batch).float()
-            if flip:
+            if flip and images.dtype == torch.uint8:
                 embedding = (embedding + encoder(batch.flip(-1)).float()) / 2
             parts.append(embedding.cpu())
     return torch.cat(parts)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for all submodules; afterwards each is as it was, e.g. a frozen batch norm stays frozen."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
