@@ -39,8 +39,8 @@ class PatchContrast(nn.Module):
     """InfoNCE between patches at the same place of two crops; alternatives are the other crop's patches.
 
     ``-log exp(cos(q * k_i, q * k'_i) / tau) / sum_j exp(cos(q * k_i, q * k'_j) / tau)``, with a learned weight q of
-    each channel. The mean over the patches of a crop that the other one shows, then over crops; a crop that shares no place
-    with the other counts 0.
+    each channel. The mean over the patches of a crop that the other one shows, then over crops; a crop that shares no
+    place with the other counts 0.
 
     Args:
         dim: width of the features.

@@ -68,8 +68,8 @@ class BYOL(Exports, ProjectedViewsObjective):
     needs = Needs(views=2, recipe="byol", components=("projector", "predictor", "teacher"), batch_coupled=True)
     waivers: ClassVar[Mapping[str, str]] = {
         **DETACHED,
-        "two_workers_equal_one_in_float32": "a bias before a batch norm has no gradient: what rounding leaves of it, after "
-        "three batch norms, exceeds 1e-5 (in float64 the workers agree to 1e-8)",
+        "two_workers_equal_one_in_float32": "a bias before a batch norm has no gradient: what rounding leaves of it "
+        "exceeds 1e-5 (in float64 the workers agree to 1e-8)",
     }
     projector_last_norm = False
     convergence = Convergence(
@@ -252,7 +252,7 @@ class PrototypeDistillation(Exports):
     family = "self_distillation"
     waivers: ClassVar[Mapping[str, str]] = {
         **DETACHED,
-        "every_parameter_learns": "prototypes stand still in the first epoch",
+        "every_parameter_learns": "prototypes stand still in the first epoch; without masks a mask token is idle",
     }
 
     @classmethod
