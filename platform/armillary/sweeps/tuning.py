@@ -170,6 +170,9 @@ def _sampler(job: SweepJob, told: int) -> Any:
     seed = job.seed + told
     if job.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
+    if job.sampler == "nsga2":
+        # A genetic search: the next generation comes of the better half, crossed and mutated.
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=job.population)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=job.startup_trials, constant_liar=True)
 
 
