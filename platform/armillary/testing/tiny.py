@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armillary.components.dropout import CounterDropout
 from armillary.components.encoders import Tokens
 from armillary.components.patches import patchify, unpatchify
+from armillary.components.text import TextTransformer, masked_mean
 from armillary.components.transformers import TransformerEncoder, small_transformer
 from armillary.data.views import make_views
 from armillary.objectives import Batch, BuildContext, Needs, Objective
@@ -18,8 +20,10 @@ CHANNELS, HEIGHT, WIDTH = 1, 6, 6
 PATCH = 2
 NUM_CLASSES = 4
 EMBEDDING_DIM = 8
+VOCABULARY, LENGTH = 12, 5
 # Hyperparameters that only cost time, made small wherever an objective has them.
 SMALL = {
+    "subsampling_threshold": 1.0,
     "projection_hidden": 16,
     "projection_dim": 8,
     "hidden": 16,
@@ -68,6 +72,23 @@ class TinyEncoder(nn.Module):
         """The embedding of the second stage."""
         embeddings: Tensor = self.neck(last_map.mean(dim=(2, 3)))
         return embeddings
+
+
+class FlatText(nn.Module):
+    """Sentences to the mean of fixed vectors, as :class:`FlatEncoder` for images."""
+
+    embedding_dim = EMBEDDING_DIM
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(1)
+        self.register_buffer("table", torch.randn(VOCABULARY, EMBEDDING_DIM, generator=draw))
+        self.drop = CounterDropout(0.0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids ``(batch, L)`` as ``(batch, 8)``."""
+        return masked_mean(self.drop(self.table[ids]), ids > 0)
 
 
 class TinyTokenEncoder(TransformerEncoder):
@@ -129,8 +150,15 @@ class FlatEncoder(nn.Module):
 
 
 def encoder_for(needs: Needs) -> nn.Module:
-    """A tiny encoder with the abilities that an objective needs."""
+    """A tiny encoder with the abilities that an objective needs, for what it is given."""
+    if needs.modality == "text":
+        return TextTransformer(VOCABULARY, LENGTH, EMBEDDING_DIM, width=8, depth=1, heads=2)
     return TinyTokenEncoder() if needs.encoder == "tokens" else TinyEncoder()
+
+
+def flat_encoder_for(needs: Needs) -> nn.Module:
+    """An encoder that computes nothing; it says its ``embedding_dim``."""
+    return FlatText() if needs.modality == "text" else FlatEncoder()
 
 
 def build(
@@ -154,8 +182,9 @@ def build(
     """
     torch.manual_seed(seed)
     values = hyperparameters(cls, options or {})
+    needs = cls.needs_for(values)
     context = BuildContext(
-        encoder=encoder_for(cls.needs_for(values)) if encoder is None else encoder,
+        encoder=encoder_for(needs) if encoder is None else encoder,
         embedding_dim=embedding_dim,
         num_classes=NUM_CLASSES,
         num_samples=64,
@@ -166,6 +195,7 @@ def build(
         in_channels=CHANNELS,
         image_size=(HEIGHT, WIDTH),
         class_counts=torch.full((NUM_CLASSES,), 16),
+        tables=_tables(needs),
     )
     return cls(values, context).to(dtype)
 
@@ -174,6 +204,15 @@ def hyperparameters(cls: type[Objective], options: dict[str, Any]) -> Any:
     """The objective's hyperparameters: defaults, made small where they only cost time, with ``options``."""
     small = {key: value for key, value in SMALL.items() if key in cls.Hyperparameters.model_fields}
     return cls.Hyperparameters(**{**small, **options})
+
+
+def _tables(needs: Needs) -> dict[str, Tensor]:
+    """What the dataset tells an objective of this modality."""
+    if needs.modality in ("text", "image_text"):
+        counts = torch.arange(VOCABULARY, 0, -1)
+        counts[0] = 0
+        return {"token_counts": counts, "caption_length": torch.tensor(LENGTH)}
+    return {}
 
 
 def _share(images: Tensor, draw: torch.Generator) -> Tensor:
@@ -194,6 +233,7 @@ FIELD_MAKERS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "image_set": lambda images, _: torch.arange(len(images)) % (2 * NUM_CLASSES),
     "sequence": lambda images, _: torch.arange(len(images)) % NUM_CLASSES,
     "frame": lambda images, _: torch.arange(len(images)) // NUM_CLASSES,
+    "caption": lambda images, draw: sentences(torch.arange(len(images)) % NUM_CLASSES, draw),
 }
 
 
@@ -224,8 +264,10 @@ def batch(
     def noise() -> Tensor:
         return torch.rand(size, CHANNELS, HEIGHT, WIDTH, generator=draw, dtype=torch.float64)
 
-    images = 0.5 * patterns[labels % NUM_CLASSES] + 0.3 * noise()
     index = torch.arange(size)
+    if needs.modality == "text":
+        return Batch(tuple(sentences(labels, draw) for _ in range(needs.views)), index)
+    images = 0.5 * patterns[labels % NUM_CLASSES] + 0.3 * noise()
     if needs.recipe.startswith(DRAWING_RECIPES):
         views, parameters = _recipe_views(needs, images, index, seed)
         views = tuple(view.to(dtype) for view in views)
@@ -242,6 +284,14 @@ def batch(
         elif name != "index":
             raise ValueError(f"no tiny batch can carry the field {name!r} yet: add it to FIELD_MAKERS")
     return Batch(views, index, fields, parameters)
+
+
+def sentences(labels: Tensor, draw: torch.Generator) -> Tensor:
+    """Token ids ``(n, LENGTH)``: two words of the class, random ones, the last of some missing."""
+    ids = torch.randint(1, VOCABULARY, (len(labels), LENGTH), generator=draw)
+    ids[:, 0], ids[:, 1] = 1 + labels % NUM_CLASSES, 1 + NUM_CLASSES + labels % NUM_CLASSES
+    ids[:, -1] *= torch.randint(0, 2, (len(labels),), generator=draw)
+    return ids
 
 
 def _recipe_views(
