@@ -146,11 +146,13 @@ def _judge_run(
     run_id: str, names: list[str] | None, seed: int | None, dataset: str | None
 ) -> tuple[str, int, dict[str, ProtocolResult]]:
     """The run's id, the seed used, and the results: with the job's protocols and seed, those of its training."""
+    from armillary.data.inputs import as_inputs
     from armillary.data.splits import prepare
     from armillary.evaluation.suite import check_protocols, evaluate_encoder
     from armillary.spec.jobs import TrainJob
     from armillary.spec.loading import load_job
-    from armillary.training.model import load_encoder
+    from armillary.training.model import load_encoder, load_tokenizer
+    from armillary.training.preflight import needs_of
     from armillary.training.rundir import RunDirectory
 
     directory = RunDirectory.find(run_id)
@@ -163,7 +165,7 @@ def _judge_run(
         return directory.run_id, seed, _judge_elsewhere(encoder, job, dataset, chosen, seed)
     check_protocols(chosen, job.data.split, where="--protocol" if names else None)
     print_note(f"embedding {job.data.name}, fold {job.data.fold}")
-    data = prepare(job.data, seed=job.seed)
+    data = as_inputs(prepare(job.data, seed=job.seed), needs_of(job), job.data, load_tokenizer(directory))
     results = evaluate_encoder(
         encoder,
         data,

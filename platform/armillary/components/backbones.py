@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armillary.components.text import TextTransformer, WordVectors
+from armillary.components.tail import TailedEncoder
 from armillary.components.transformers import from_timm, small_transformer
 from armillary.spec.errors import UserError, nearest, unknown_name
 from armillary.spec.jobs import BackboneSpec
 
-NAMES = ("small_convnet", "small_vit", "pixels")
+NAMES = ("small_convnet", "small_vit", "pixels", "text_transformer", "word_vectors")
+# What networks take that take no images.
+MODALITIES = {"text_transformer": "text", "word_vectors": "text"}
 # Images come in [0, 1]; these bring most photographs near mean 0 and variance 1.
 _MEAN, _STD = 0.5, 0.25
 _MIN_SIDE = 8
@@ -139,14 +143,14 @@ class TimmMapEncoder(TimmEncoder):
 
 
 def build_encoder(spec: BackboneSpec, *, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
-    """Makes the network a job names.
+    """Makes the network a job names, with its tail.
 
     Args:
         spec: the job's ``backbone`` section; its options are arguments of :class:`SmallConvNet` (width, dropout, pool),
             of :func:`~armillary.components.transformers.small_transformer` (width, depth, heads, patch, pool,
             positions, layer_scale) or of ``timm.create_model``; ``pixels`` takes none.
-        in_channels: channels of the images.
-        image_size: height and width in pixels.
+        in_channels: channels of the images; for text the number of tokens in the vocabulary.
+        image_size: height and width in pixels; for text 1 and the longest sentence's tokens.
 
     Returns:
         A module from images ``(batch, in_channels, height, width)`` in [0, 1] to ``(batch, embedding_dim)``. ``pixels``
@@ -155,6 +159,9 @@ def build_encoder(spec: BackboneSpec, *, in_channels: int, image_size: tuple[int
     Raises:
         UserError: an unknown name or option, a value out of range, images too small.
     """
+    if spec.tail:
+        body = build_encoder(spec.model_copy(update={"tail": ()}), in_channels=in_channels, image_size=image_size)
+        return TailedEncoder(body, spec.embedding_dim, spec.tail)
     if spec.name == "small_convnet":
         return _small_convnet(spec, in_channels, image_size)
     if spec.name == "small_vit":
@@ -162,9 +169,52 @@ def build_encoder(spec: BackboneSpec, *, in_channels: int, image_size: tuple[int
     if spec.name == "pixels":
         _known(spec, {})
         return Pixels(in_channels, image_size)
+    if spec.name == "text_transformer":
+        return _text_transformer(spec, in_channels, image_size[1])
+    if spec.name == "word_vectors":
+        _known(spec, {})
+        return WordVectors(in_channels, spec.embedding_dim)
     if spec.name.startswith("timm/"):
         return _timm(spec, in_channels, image_size)
     raise unknown_name("backbone", spec.name, [*NAMES, "timm/<model>"], key="backbone.name")
+
+
+def check_modality(name: str, modality: str, objective: str) -> None:
+    """Refuses a network that does not take what an objective is given.
+
+    Raises:
+        UserError: names the networks that fit.
+    """
+    takes, given = MODALITIES.get(name, "image"), "image" if modality == "image_text" else modality
+    if takes != given:
+        fitting = [other for other in NAMES if MODALITIES.get(other, "image") == given]
+        raise UserError(
+            f"{objective} is given {given} and {name} takes {takes}", key="backbone.name", allowed=", ".join(fitting)
+        )
+
+
+def _text_transformer(spec: BackboneSpec, vocabulary: int, length: int) -> nn.Module:
+    _check_options(
+        spec,
+        {
+            "width": "an integer in 4..1024",
+            "depth": "an integer in 1..24",
+            "heads": "an integer in 1..16 that divides width",
+            "pool": "cls, mean",
+        },
+        {
+            "width": lambda value: type(value) is int and 4 <= value <= 1024,
+            "depth": lambda value: type(value) is int and 1 <= value <= 24,
+            "heads": lambda value: type(value) is int and 1 <= value <= 16,
+            "pool": lambda value: value in ("cls", "mean"),
+        },
+    )
+    width, heads = spec.options.get("width", 64), spec.options.get("heads", 4)
+    if width % heads:
+        raise UserError(
+            f"found {heads} heads for a width of {width}", key="backbone.heads", allowed="a divisor of the width"
+        )
+    return TextTransformer(vocabulary, length, spec.embedding_dim, **spec.options)
 
 
 def _known(spec: BackboneSpec, allowed: dict[str, str]) -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from armillary.data import frames
+from armillary.data.ids import IdRows
 from armillary.data.samplers import Population, check_groups, global_batches, steps_per_epoch
 from armillary.data.splits import Images, ImageSet
 from armillary.data.streaming import StoredImages
+from armillary.data.text import Partners
 from armillary.data.views import Views
 from armillary.data.windows import check_windows, windowed_batches
 from armillary.objectives.base import Batch, Needs
@@ -62,6 +64,9 @@ class Batches:
         sets = train.fields.get("image_set")
         self._population = Population(drawn, sets if sets is None or self._clips is None else sets[self._clips[:, 0]])
         check_groups(needs, batch_size, self._population)
+        self._partners: Partners | None = None
+        if isinstance(train.images, IdRows) and needs.modality == "text" and needs.views > 1:
+            self._partners = Partners(train.images.ids, train.label, train.index)
         self._groups: Tensor | None = None
         if isinstance(train.images, StoredImages):
             groups = train.images.groups()
@@ -111,7 +116,9 @@ class Batches:
         share = max(1, self.batch_size // self.world_size)
         plan = torch.arange(bounds[0], bounds[1]).split(share)
         for rows, images in zip(plan, in_order(self.train.images, plan), strict=True):
-            pixels = images.to(self.device, torch.float32) / 255
+            pixels = images.to(self.device)
+            if pixels.dtype == torch.uint8:
+                pixels = pixels.float() / 255
             yield Batch((pixels,), self.train.index[rows].to(self.device), self._columns(rows))
 
     def _columns(self, rows: Tensor) -> dict[str, Tensor]:
@@ -128,6 +135,9 @@ class Batches:
             epoch: counted from 0.
         """
         images = images.to(self.device, non_blocking=True)
+        if isinstance(self.train.images, IdRows):
+            index = self.train.index[rows].to(self.device, non_blocking=True)
+            return Batch(self._ids(rows, images, epoch), index, self._columns(rows))
         each = [images] * self.count
         if rows.ndim == 2:
             each, rows = list(images.unflatten(0, tuple(rows.shape)).unbind(1)), rows[:, 0]
@@ -135,6 +145,14 @@ class Batches:
         views = [self.views(part, index, seed=self.seed, epoch=epoch, view=view) for view, part in enumerate(each)]
         pixels, parameters = tuple(view.pixels for view in views), tuple(view.parameters for view in views)
         return Batch(pixels, index, self._columns(rows), parameters)
+
+    def _ids(self, rows: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, ...]:
+        """The samples; with further views also one of the same class, and a similar one of another class."""
+        views = [ids]
+        if self._partners is not None:
+            partners = [self._partners.positives, self._partners.negatives][: self.needs.views - 1]
+            views += [self.train.images[draw(rows, self.seed, epoch)].to(self.device) for draw in partners]
+        return tuple(views)
 
 
 def in_order(images: Images, plan: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -11,6 +11,8 @@ another's test people.
 - ``holdout: validation`` is for tuning. It takes ``max(2, 0.3 T)`` of the fold's T training classes (8 of ORL's
   28), or the next fold's 20% of the samples, to evaluate on, and trains on what remains. What the fold tests on is not
   touched at all.
+- ``labeled_share`` trains on that share of each training class, rounded to the nearest count and at least one image:
+  the first in a fixed order, so that a smaller share is part of a larger one.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from armillary.components.counter import key, shuffled
 from armillary.data.fields import batch_fields, read_columns
+from armillary.data.ids import IdRows
 from armillary.data.importers import ensure_dataset
 from armillary.data.pixels import ArrayImages, PixelSource, decode_all
 from armillary.data.store import Dataset
@@ -51,11 +54,11 @@ TRUE_LABEL = "clean_label"
 FOLD_CLASSES = "fold_classes"
 # Part of the fingerprint: change it with any rule above.
 _RULE = "folds-1"
-_CLASS_ORDER, _SAMPLE_ORDER, _NOISE = 1, 2, 3
+_CLASS_ORDER, _SAMPLE_ORDER, _NOISE, _LABELED_ORDER = 1, 2, 3, 4
 
 
-# uint8 (N, C, H, W), wherever the pixels are: indexing by position gives tensors.
-Images = Tensor | ArrayImages | StoredImages
+# uint8 (N, C, H, W), wherever the pixels are: indexing by position gives tensors. Token ids in their place are int64.
+Images = Tensor | ArrayImages | StoredImages | IdRows
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,10 @@ class PreparedData:
     Training labels count from 0 to ``num_classes - 1``. Evaluation labels do too when classes are shared (``sample``);
     in the open set (``identity``) they are the dataset's own class numbers. Where a dataset has the column
     ``clean_label``, wrong labels are trained on but not judged by. ``fingerprint`` covers the content, the kind of
-    split, ``holdout``, the image size and the label noise; not the fold and not the seed, over which results are
+    split, ``holdout``, the image size, label noise and labelled share; not the fold and not the seed, over which results are
     averaged. ``tables`` are those of :data:`EVALUATION_TABLES` that the dataset has, whole: rows are positions in the
-    dataset, as in ``index``.
+    dataset, as in ``index``. ``inputs`` are the tensors of ``BuildContext.tables``, ``tokenizer`` is that of the texts, as
+    JSON; :mod:`armillary.data.inputs` makes both.
     """
 
     train: ImageSet
@@ -103,6 +107,8 @@ class PreparedData:
     name: str
     fold: int
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    tokenizer: str = ""
 
 
 def prepare(
@@ -131,6 +137,8 @@ def prepare(
     if not streams(spec, source):
         check_memory(source)
         everything = replace(everything, images=ArrayImages(pixels(source), everything.index, source.key))
+    if spec.labeled_share < 1:
+        train_rows = train_rows[_labeled(everything.select(train_rows), spec.labeled_share)]
     train, evaluation = everything.select(train_rows), _truly_labelled(everything.select(held_out))
     classes = torch.unique(train.label)
     train = replace(train, label=torch.searchsorted(classes, train.label))
@@ -146,6 +154,8 @@ def prepare(
         "image_size": [source.height, source.width],
         "label_noise": spec.label_noise,
     }
+    if spec.labeled_share < 1:  # the whole share leaves fingerprints as they were
+        digest["labeled_share"] = spec.labeled_share
     fingerprint = hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()
     return PreparedData(
         train, evaluation, len(classes), fingerprint, dataset.name, spec.fold, evaluation_tables(dataset)
@@ -269,15 +279,7 @@ def _by_identity(label: Tensor, fold: int, validation: bool, classes: Tensor | N
 
 
 def _by_sample(data: ImageSet, fold: int, validation: bool) -> tuple[Tensor, Tensor]:
-    order = shuffled(data.index, key(_SAMPLE_ORDER))
-    position = torch.empty_like(order)
-    position[torch.searchsorted(data.index, order)] = torch.arange(len(order))
-    # Rank within the class: sort by class, then by position, and count from each class's first row.
-    by_class = torch.argsort(data.label * len(order) + position)
-    _, inverse, counts = torch.unique(data.label, return_inverse=True, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    rank = torch.empty_like(position)
-    rank[by_class] = torch.arange(len(order)) - starts[inverse[by_class]]
+    rank, inverse, counts = _rank_in_class(data, _SAMPLE_ORDER)
     # The class shifts the deal, so that small classes do not all miss the same fold.
     part = (rank + inverse) % SAMPLE_FOLDS
     part[counts[inverse] == 1] = -1
@@ -286,6 +288,26 @@ def _by_sample(data: ImageSet, fold: int, validation: bool) -> tuple[Tensor, Ten
         return (~test).nonzero().flatten(), test.nonzero().flatten()
     tuned = part == (fold + 1) % SAMPLE_FOLDS
     return (~test & ~tuned).nonzero().flatten(), tuned.nonzero().flatten()
+
+
+def _labeled(train: ImageSet, share: float) -> Tensor:
+    """The rows of a training part whose labels are taken as known."""
+    rank, inverse, counts = _rank_in_class(train, _LABELED_ORDER)
+    return (rank < (share * counts).round().clamp_min(1)[inverse]).nonzero().flatten()
+
+
+def _rank_in_class(data: ImageSet, base: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each image's place in a fixed order of its class's images; the number of its class, and the classes' sizes."""
+    order = shuffled(data.index, key(base))
+    position = torch.empty_like(order)
+    position[torch.searchsorted(data.index, order)] = torch.arange(len(order))
+    # Rank within the class: sort by class, then by position, and count from each class's first row.
+    by_class = torch.argsort(data.label * len(order) + position)
+    _, inverse, counts = torch.unique(data.label, return_inverse=True, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty_like(position)
+    rank[by_class] = torch.arange(len(order)) - starts[inverse[by_class]]
+    return rank, inverse, counts
 
 
 def _noisy(label: Tensor, classes: int, share: float, seed: int) -> Tensor:

@@ -28,6 +28,7 @@ class InfoNCE(nn.Module):
         negative_weight: w > 0.
         reduction: ``mean``, or ``none`` for the queries' losses ``(batch,)``.
         gather: see the other workers' rows.
+        normalized: compare directions; otherwise s is the plain product, of ``q W`` and k for a bilinear critic.
 
     Raises:
         ValueError: an argument is out of range.
@@ -40,6 +41,7 @@ class InfoNCE(nn.Module):
         negative_weight: float = 1.0,
         reduction: str = "mean",
         gather: bool = True,
+        normalized: bool = True,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, ("mean", "none"))
@@ -48,6 +50,7 @@ class InfoNCE(nn.Module):
                 raise ValueError(f"{name} must be above 0, found {value}")
         self.temperature, self.positive_in_denominator = temperature, positive_in_denominator
         self.negative_weight, self.reduction, self.gather = negative_weight, reduction, gather
+        self.normalized = normalized
 
     @float32_math
     def forward(
@@ -73,8 +76,8 @@ class InfoNCE(nn.Module):
         check_embeddings(queries)
         if queries.shape != keys.shape:
             raise ValueError(f"queries and keys differ in shape: {tuple(queries.shape)} and {tuple(keys.shape)}")
-        q, k = normalize(queries), normalize(keys)
-        columns = k if candidates is None else normalize(candidates)
+        q, k = self._directions(queries), self._directions(keys)
+        columns = k if candidates is None else self._directions(candidates)
         logits = q @ global_rows(columns, self.gather).T / self.temperature
         positive = (q * k).sum(dim=1) / self.temperature
         own = self_mask(logits, self.gather)
@@ -82,7 +85,7 @@ class InfoNCE(nn.Module):
         if not self.positive_in_denominator and not alone:
             logits = logits.masked_fill(own, -torch.inf)
         if negatives is not None:
-            hard = q @ global_rows(normalize(negatives), self.gather).T / self.temperature
+            hard = q @ global_rows(self._directions(negatives), self.gather).T / self.temperature
             logits = torch.cat([logits, hard + own * math.log(self.negative_weight)], dim=1)
         losses = logits.logsumexp(dim=1) - positive
         if alone:
@@ -97,6 +100,9 @@ class InfoNCE(nn.Module):
             return losses
         counted = torch.ones_like(losses) if valid is None else valid.to(losses.dtype)
         return global_mean((losses * counted).sum(), counted.sum(), self.gather) + not_a_number_guard(losses)
+
+    def _directions(self, rows: Tensor) -> Tensor:
+        return normalize(rows) if self.normalized else rows
 
 
 class SymmetricInfoNCE(nn.Module):

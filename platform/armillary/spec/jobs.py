@@ -56,7 +56,14 @@ class DataSpec(Section):
     image_size: tuple[int, int] | None = Field(
         None, description="height and width in pixels; null keeps the stored size"
     )
+    text: str = Field("caption", min_length=1, description="the column that objectives on text read")
     label_noise: float = Field(0.0, ge=0, le=1, description="share of training labels replaced by random ones")
+    labeled_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each training class whose labels are known, at least one image; only those are trained on",
+    )
     load: Literal["auto", "memory", "stream"] = Field(
         "auto",
         description="memory: decoded once, shared by the workers of a node; stream: read from the store while training; "
@@ -76,8 +83,19 @@ class ViewsSpec(OpenSection):
 class BackboneSpec(OpenSection):
     """The network from image to embedding; keys beside these are options of the named backbone."""
 
-    name: str = Field("small_convnet", description="small_convnet, small_vit, pixels, or timm/<model>")
+    name: str = Field("small_convnet", description="small_convnet, small_vit, pixels, timm/<model>; text_transformer, word_vectors")
     embedding_dim: int = Field(128, ge=2, le=65536, description="width of the embedding")
+    tail: tuple[Annotated[int, Field(ge=2, le=65536)], ...] = Field(
+        (),
+        max_length=8,
+        description="widths of layers (linear, batch norm, ReLU) behind the embedding, which is then the last one's; "
+        "with train.init_from they start as the first layers of that run's projector",
+    )
+
+    @property
+    def output_dim(self) -> int:
+        """Width of what is compared: that of the tail, where there is one."""
+        return self.tail[-1] if self.tail else self.embedding_dim
 
 
 class ObjectiveSpec(OpenSection):
@@ -116,6 +134,7 @@ class TrainSpec(Section):
     )
     checkpoint_every: int = Field(5, ge=0, description="epochs between checkpoints; 0 keeps only the last")
     keep_checkpoints: int = Field(2, ge=1)
+    init_from: str | None = Field(None, description="a finished run whose encoder training starts from")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="raw DeepSpeed settings, merged last")
 
 
@@ -174,7 +193,8 @@ class SweepJob(Section):
     direction: Literal["max", "min"] = "max"
     trials: int = Field(16, ge=1)
     concurrent: int = Field(2, ge=1, description="trials at a time, each on its own crew")
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "random", "nsga2"] = "tpe"
+    population: int = Field(8, ge=2, le=1000, description="nsga2: trials of a generation")
     startup_trials: int = Field(4, ge=0, description="random trials before the sampler models anything")
     scheduler: Literal["asha", "none"] = "asha"
     grace_epochs: int = Field(10, ge=1, description="asha: epochs before a trial may be stopped")

@@ -23,6 +23,10 @@ PRESET: dict[str, Any] = {
     "train": {"epochs": 12, "batch_size": 64, "threads": 1},
 }
 TOKEN_BACKBONE: dict[str, Any] = {"name": "small_vit", "embedding_dim": 64}
+# What takes no images.
+BACKBONES: dict[str, dict[str, Any]] = {
+    "text": {"name": "text_transformer", "embedding_dim": 64, "width": 32, "depth": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def preset_job(cls: type[Objective]) -> TrainJob:
     values["data"]["name"] = wish.dataset
     if cls.needs.encoder == "tokens":
         values["backbone"] = TOKEN_BACKBONE
+    values["backbone"] = BACKBONES.get(cls.needs.modality, values["backbone"])
     values["objective"] = {"name": cls.name}
     values["evaluate"] = {"protocols": [wish.metric.split("/")[0]]}
     return apply_overrides(TrainJob.model_validate(values), dict(wish.job))

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from armillary.objectives import Batch, Objective, hyperparameters, names
 from armillary.objectives.bases import ClassHeadObjective
@@ -25,6 +26,10 @@ from armillary.testing import steps, tiny
 from armillary.testing.convergence import converge
 from armillary.testing.gloo_pool import GlooPool, shared_pool
 from armillary.testing.steps import Case
+
+
+# Modalities whose first view is an image, which a loss can be differentiated by.
+IMAGES = ("image", "image_text")
 
 
 def cases(cls: type[Objective]) -> list[Case]:
@@ -132,7 +137,7 @@ class ObjectiveSuite:
 
     def test_autocast(self, case: Case) -> None:
         """Under bfloat16 autocast the loss is float32 and close to float32's; the encoder here computes nothing."""
-        encoder = tiny.FlatEncoder()
+        encoder: Any = tiny.flat_encoder_for(case.needs)
         objective, batch = case.build(encoder=encoder, embedding_dim=encoder.embedding_dim), case.batch()
         exact = objective(batch).loss
         with torch.autocast("cpu", torch.bfloat16):
@@ -159,15 +164,27 @@ class ObjectiveSuite:
                 assert parameter.grad.abs().max() > 0, name
 
     def test_gradcheck(self, case: Case) -> None:
-        """The gradient with respect to the first view is that of finite differences."""
+        """The gradient with respect to the first view is that of finite differences.
+
+        Where views are no images, with respect to all parameters.
+        """
         objective, batch = case.build(dtype=torch.float64), case.batch(8, dtype=torch.float64)
+        torch.manual_seed(0)  # fast mode projects on random directions
+        if case.needs.modality not in IMAGES:
+            names, values = zip(*_trainable(objective), strict=True)
+
+            def loss_of(*changed: Tensor) -> Tensor:
+                parameters = dict(zip(names, changed, strict=True))
+                return functional_call(copy.deepcopy(objective), parameters, (batch,)).loss  # type: ignore[no-any-return]
+
+            assert torch.autograd.gradcheck(loss_of, values, fast_mode=True)
+            return
 
         def loss(view: Tensor) -> Tensor:
             changed = Batch((view, *batch.views[1:]), batch.index, batch.fields)
             # A copy: statistics that a forward pass moves must not drift from one evaluation to the next.
             return copy.deepcopy(objective)(changed).loss  # type: ignore[no-any-return]
 
-        torch.manual_seed(0)  # fast mode projects on random directions
         assert torch.autograd.gradcheck(loss, (batch.views[0].requires_grad_(),), fast_mode=True)
 
     def test_batch_order(self, case: Case) -> None:
@@ -201,10 +218,14 @@ class ObjectiveSuite:
         assert largest < 1e6
 
     def test_not_a_number_is_not_hidden(self, case: Case) -> None:
-        """A sample that is not a number makes the loss not a number."""
-        batch = case.batch()
-        batch.views[0][5] = torch.nan
-        assert torch.isnan(case.build()(batch).loss)
+        """A sample that is not a number, or a parameter where views hold none, makes the loss not a number."""
+        objective, batch = case.build(), case.batch()
+        if case.needs.modality in IMAGES:
+            batch.views[0][5] = torch.nan
+        else:
+            with torch.no_grad():
+                next(objective.encoder.parameters()).fill_(torch.nan)
+        assert torch.isnan(objective(batch).loss)
 
     def test_label_out_of_range(self, case: Case) -> None:
         """A head names the label that it has no row for; other objectives take any label."""
@@ -276,6 +297,10 @@ class ObjectiveSuite:
         embeddings = objective.embed(images)
         assert embeddings.shape == (steps.BATCH, tiny.EMBEDDING_DIM)
         torch.testing.assert_close(objective.embed(images[:3]), embeddings[:3])
+
+
+def _trainable(objective: Objective) -> list[tuple[str, nn.Parameter]]:
+    return [(name, value) for name, value in objective.named_parameters() if value.requires_grad]
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

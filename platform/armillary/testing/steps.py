@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from armillary.components.normalization import convert_batch_norm
-from armillary.objectives import Batch, Objective
+from armillary.objectives import Batch, Needs, Objective
 from armillary.testing import tiny
 
 BATCH = 12
@@ -42,8 +42,12 @@ class Case:
 
     def batch(self, size: int = BATCH, **arguments: Any) -> Batch:
         """A batch that fulfils its needs; arguments of :func:`armillary.testing.tiny.batch`."""
-        needs = self.cls.needs_for(tiny.hyperparameters(self.cls, self.options))
-        return tiny.batch(needs, size, **arguments)
+        return tiny.batch(self.needs, size, **arguments)
+
+    @property
+    def needs(self) -> Needs:
+        """The objective's needs under these hyperparameters."""
+        return self.cls.needs_for(tiny.hyperparameters(self.cls, self.options))
 
 
 def gradients(objective: Objective) -> dict[str, Tensor]:

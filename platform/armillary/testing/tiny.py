@@ -39,6 +39,8 @@ SMALL = {
     "local_crops": 2,
     "predictor_hidden": 8,
     "start_step": 0,
+    "start_share": 0.0,
+    "warmup_epochs": 0,
 }
 
 

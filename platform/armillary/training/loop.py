@@ -29,7 +29,7 @@ from armillary.objectives import Batch, Objective
 from armillary.spec.errors import UserError
 from armillary.spec.loading import digest
 from armillary.training.engine import Engine
-from armillary.training.model import save_encoder, save_head
+from armillary.training.model import TOKENIZER, save_encoder, save_head, save_projector
 from armillary.training.preflight import Plan
 from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
 from armillary.training.schedules import learning_rate
@@ -98,6 +98,7 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
             if stopped:
                 break
         _keep_head(run, engine)
+        _keep_projector(run, engine)
         _keep_pictures(plan, run, engine)
         final = _conclude(plan, run, engine.encoder_copy(replica))
     finally:
@@ -252,6 +253,13 @@ def _keep_head(run: RunDirectory, engine: Engine) -> None:
         save_head(run.path / "model", rows)
 
 
+def _keep_projector(run: RunDirectory, engine: Engine) -> None:
+    """Every worker takes part, as parameters may be sharded; rank 0 writes."""
+    with engine.whole_parameters():
+        if collectives.rank() == 0:
+            save_projector(run.path / "model", engine.objective)
+
+
 def _keep_pictures(plan: Plan, run: RunDirectory, engine: Engine) -> None:
     """Every worker takes part, as parameters may be sharded; rank 0 writes."""
     if type(engine.objective).pictures is Objective.pictures:
@@ -271,6 +279,8 @@ def _conclude(plan: Plan, run: RunDirectory, encoder: nn.Module) -> dict[str, fl
     if collectives.rank() == 0:
         images = plan.data.train.images
         save_encoder(run.path / "model", encoder, plan.job, images.shape[1], (images.shape[2], images.shape[3]))
+        if plan.data.tokenizer:
+            write_atomically(run.path / "model" / TOKENIZER, plan.data.tokenizer)
         suite.save_curves(results, run.path / "evaluation")
         write_atomically(run.path / "evaluation" / "metrics.json", json.dumps(metrics, indent=2))
     return metrics

@@ -1,6 +1,7 @@
 """The encoder a run leaves behind: safetensors for the weights, JSON for how to build it. Nothing is pickled.
 
-Beside it lie the rows of its class heads, where it has one: row c is that of the c-th training class.
+Beside it lie the rows of its class heads, where it has one: row c is that of the c-th training class. A projector is
+kept too: fine-tuning may start from one of its layers.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from armillary.components.backbones import build_encoder
+from armillary.components.heads import Projector
 from armillary.components.normalization import convert_batch_norm
+from armillary.components.teacher import teachers
+from armillary.objectives import Objective
 from armillary.spec.errors import UserError
 from armillary.spec.jobs import BackboneSpec, TrainJob
 from armillary.training.rundir import RunDirectory, write_atomically
 
 WEIGHTS, DESCRIPTION, HEAD = "encoder.safetensors", "model.json", "head.safetensors"
+PROJECTOR = "projector.safetensors"
+TOKENIZER = "tokenizer.json"
 
 
 def save_encoder(folder: Path, encoder: nn.Module, job: TrainJob, channels: int, image_size: tuple[int, int]) -> None:
@@ -42,6 +48,22 @@ def save_head(folder: Path, rows: Mapping[str, Tensor]) -> None:
         save_file({name: value.detach().cpu().contiguous() for name, value in rows.items()}, folder / HEAD)
 
 
+def save_projector(folder: Path, objective: Objective) -> None:
+    """Writes the projector that belongs to the exported encoder, where there is one."""
+    holders = {id(teacher["encoder"]): teacher for teacher in teachers(objective) if "encoder" in teacher.parts}
+    holder = holders.get(id(objective.exported()), objective)
+    projector = getattr(holder, "projector", None)
+    if isinstance(projector, Projector):
+        state = {name: value.detach().cpu().contiguous() for name, value in projector.state_dict().items()}
+        save_file(state, folder / PROJECTOR)
+
+
+def load_projector(run: RunDirectory) -> dict[str, Tensor]:
+    """The state of a finished run's projector, by the names of :class:`Projector`; empty where it has none."""
+    path = run.path / "model" / PROJECTOR
+    return load_file(path) if path.is_file() else {}
+
+
 def load_head(run: RunDirectory) -> dict[str, Tensor]:
     """The row tensors of a finished run's class heads, ``(classes, ...)``, by name.
 
@@ -57,11 +79,11 @@ def load_head(run: RunDirectory) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_encoder(run: RunDirectory) -> nn.Module:
-    """The encoder of a finished run, in evaluation mode.
+def describe(run: RunDirectory) -> dict[str, Any]:
+    """How a finished run's encoder is built: ``backbone``, ``in_channels``, ``image_size``, ``objective``.
 
     Raises:
-        UserError: the run has no model yet, or the files do not fit together.
+        UserError: the run has no model yet.
     """
     folder = run.path / "model"
     if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
@@ -70,6 +92,16 @@ def load_encoder(run: RunDirectory) -> nn.Module:
             hint=f"armillary run --resume {run.run_id}",
         )
     description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+    return description
+
+
+def load_encoder(run: RunDirectory) -> nn.Module:
+    """The encoder of a finished run, in evaluation mode.
+
+    Raises:
+        UserError: the run has no model yet, or the files do not fit together.
+    """
+    folder, description = run.path / "model", describe(run)
     height, width = description["image_size"]
     encoder = convert_batch_norm(
         build_encoder(
@@ -85,6 +117,12 @@ def load_encoder(run: RunDirectory) -> nn.Module:
         )
     encoder.load_state_dict(stored)
     return encoder.eval()
+
+
+def load_tokenizer(run: RunDirectory) -> str:
+    """The tokenizer of a finished run, as JSON of the ``tokenizers`` library; empty where it read no text."""
+    path = run.path / "model" / TOKENIZER
+    return path.read_text() if path.is_file() else ""
 
 
 def shape(state: dict[str, Any], name: str) -> tuple[int, ...] | None:

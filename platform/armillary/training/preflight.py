@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from armillary.components.backbones import Pixels, build_encoder
+from armillary.components.backbones import Pixels, build_encoder, check_modality
 from armillary.components.encoders import check_ability, check_sizes
+from armillary.data.inputs import as_inputs
 from armillary.data.loader import Batches
 from armillary.data.pixels import mean_image
 from armillary.data.splits import PreparedData, prepare
@@ -20,6 +21,7 @@ from armillary.objectives import BuildContext, Needs, Objective, registry
 from armillary.spec.errors import UserError
 from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import located
+from armillary.training.initial import check_initial, load_initial
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,10 @@ class Plan:
     needs: Needs
 
     def build(self) -> Objective:
-        """The objective with its encoder, from fresh random weights (the caller seeds torch)."""
+        """The objective with its encoder, from fresh random weights (the caller seeds torch) or another run's.
+
+        They are there before the objective is made, so that its teachers start as copies of them.
+        """
         objective = registry.get(self.job.objective.name)
         hyperparameters = registry.hyperparameters(self.job.objective.name, self.job.objective.options)
         train = self.data.train
@@ -40,9 +45,11 @@ class Plan:
         encoder = build_encoder(self.job.backbone, in_channels=channels, image_size=(height, width))
         if isinstance(encoder, Pixels):
             encoder.fit(mean_image(train.images)[None])
+        if self.job.train.init_from:
+            load_initial(encoder, self.job)
         context = BuildContext(
             encoder=encoder,
-            embedding_dim=self.job.backbone.embedding_dim,
+            embedding_dim=self.job.backbone.output_dim,
             num_classes=self.data.num_classes,
             num_samples=len(train),
             epochs=self.job.train.epochs,
@@ -53,6 +60,7 @@ class Plan:
             in_channels=channels,
             image_size=(height, width),
             class_counts=torch.bincount(train.label, minlength=self.data.num_classes),
+            tables=self.data.inputs,
         )
         return objective(hyperparameters, context)
 
@@ -78,9 +86,7 @@ def plan(
         UserError: the first thing that is wrong, with its key and what would be right.
     """
     with located(job):
-        objective = registry.get(job.objective.name, key="objective.name")
-        hyperparameters = registry.hyperparameters(job.objective.name, job.objective.options)
-        needs = objective.needs_for(hyperparameters)
+        needs = needs_of(job)
         recipe = needs.recipe if job.views.name == "auto" else job.views.name
         fixed = needs.recipe_options if recipe == needs.recipe else {}
         views = make_views(recipe, {**fixed, **job.views.options})
@@ -90,12 +96,14 @@ def plan(
                 key="views.name",
                 allowed=f"auto ({needs.recipe}), or a recipe that makes as many views as it is asked for",
             )
-        _check_backbone(job)
+        _check_backbone(job, needs)
         check_protocols(job.evaluate.protocols, job.data.split)
         _check_training(job, needs)
         check_capacity(job, capacity or local_capacity())
-        data = prepared(job.data, seed=job.seed)
+        data = as_inputs(prepared(job.data, seed=job.seed), needs, job.data)
         ready = Plan(job, data, views, needs)
+        if job.train.init_from:
+            check_initial(job, data.train.images.shape[1], (data.train.images.shape[2], data.train.images.shape[3]))
         if job.train.epochs:
             _check_encoder(job, needs, views, (data.train.images.shape[2], data.train.images.shape[3]))
             # Says what the data lacks, or why such batches cannot be made of it.
@@ -103,7 +111,18 @@ def plan(
         return ready
 
 
-def _check_backbone(job: TrainJob) -> None:
+def needs_of(job: TrainJob) -> Needs:
+    """What a job's objective needs under its hyperparameters.
+
+    Raises:
+        UserError: an unknown objective or hyperparameter.
+    """
+    objective = registry.get(job.objective.name, key="objective.name")
+    return objective.needs_for(registry.hyperparameters(job.objective.name, job.objective.options))
+
+
+def _check_backbone(job: TrainJob, needs: Needs) -> None:
+    check_modality(job.backbone.name, needs.modality, job.objective.name)
     try:
         with torch.device("meta"):
             build_encoder(job.backbone, in_channels=1, image_size=job.data.image_size or (64, 64))
