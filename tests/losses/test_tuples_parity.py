@@ -1,4 +1,4 @@
-"""Losses over pairs and tuples beside pytorch-metric-learning and lightly: values and gradients, deviations asserted."""
+"""Losses over pairs and tuples beside pytorch-metric-learning and lightly, their deviations asserted."""
 
 from __future__ import annotations
 

@@ -108,12 +108,14 @@ class _ByBlocks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.function, ctx.blocks, ctx.gradients = function, blocks, None
         if eager and any(ctx.needs_input_grad):
-            results, ctx.gradients = _with_gradients(function, blocks, None)
+            results, ctx.gradients = _with_gradients(function, blocks, anchors, columns, None)
         else:
-            results = [function(block) for block in blocks]
-        joined = tuple(torch.cat(parts) for parts in zip(*results, strict=True))
-        ctx.mark_non_differentiable(*joined[1:])
-        return joined
+            results = _Joined(len(anchors))
+            for block in blocks:
+                results.put(block.rows, function(replace(block)))
+        ctx.save_for_backward(anchors, columns)
+        ctx.mark_non_differentiable(*results.parts[1:])
+        return tuple(results.parts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -121,28 +123,47 @@ class _ByBlocks(torch.autograd.Function):
         if ctx.gradients is not None and bool((grad == grad.flatten()[0]).all()):
             anchors, columns = (gradient * grad.flatten()[0] for gradient in ctx.gradients)
         else:
+            whole = ctx.saved_tensors
             with torch.autocast(grad.device.type, enabled=False):
-                anchors, columns = _with_gradients(ctx.function, ctx.blocks, grad)[1]
+                anchors, columns = _with_gradients(ctx.function, ctx.blocks, whole[0], whole[1], grad)[1]
         return None, None, None, anchors, columns
 
 
+class _Joined:
+    """Per-anchor tensors put together from those of blocks.
+
+    Room for all anchors is taken at once: small tensors left behind by every block, between matrices that are freed,
+    would keep the allocator from using the matrices' room again.
+    """
+
+    def __init__(self, anchors: int) -> None:
+        self.anchors, self.parts = anchors, list[Tensor]()
+
+    def put(self, rows: slice, results: tuple[Tensor, ...]) -> None:
+        """Stores what a block gave."""
+        if not self.parts:
+            self.parts = [part.new_empty(self.anchors, *part.shape[1:]) for part in results]
+        for whole, part in zip(self.parts, results, strict=True):
+            whole[rows] = part.detach()
+
+
 def _with_gradients(
-    function: BlockFunction, blocks: list[Block], weights: Tensor | None
-) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, Tensor]]:
+    function: BlockFunction, blocks: list[Block], anchors: Tensor, columns: Tensor, weights: Tensor | None
+) -> tuple[_Joined, tuple[Tensor, Tensor]]:
     """The results of all blocks, and the gradients of the (weighted) sum of their first parts."""
-    results, anchor_gradients = [], []
-    columns = blocks[0].columns.detach().requires_grad_()
-    total = torch.zeros_like(columns)
+    results, of_anchors, of_columns = _Joined(len(anchors)), torch.empty_like(anchors), torch.zeros_like(columns)
+    fixed = columns.detach().requires_grad_()
     for block in blocks:
-        anchors = block.anchors.detach().requires_grad_()
+        some = block.anchors.detach().requires_grad_()
         with torch.enable_grad():
-            losses, *statistics = function(replace(block, anchors=anchors, columns=columns))
-            given = torch.ones_like(losses) if weights is None else weights[block.rows]
-            of_anchors, of_columns = torch.autograd.grad(losses, (anchors, columns), given, materialize_grads=True)
-        total += of_columns
-        anchor_gradients.append(of_anchors)
-        results.append((losses.detach(), *statistics))
-    return results, (torch.cat(anchor_gradients), total)
+            given = function(replace(block, anchors=some, columns=fixed))
+            weight = torch.ones_like(given[0]) if weights is None else weights[block.rows]
+            gradients = torch.autograd.grad(given[0], (some, fixed), weight, materialize_grads=True)
+        results.put(block.rows, given)
+        of_anchors[block.rows] = gradients[0]
+        of_columns += gradients[1]
+        del given, gradients
+    return results, (of_anchors, of_columns)
 
 
 def by_blocks(

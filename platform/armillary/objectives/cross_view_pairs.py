@@ -75,7 +75,7 @@ class SiamesePose(ClassHeadObjective):
     needs = Needs(
         recipe="faces", fields=("label", "pose"), sampler="class_balanced", samples_per_class=4, batch_coupled=True
     )
-    convergence = Convergence(job={"objective.mode": "consistence", "objective.scale": 16.0})
+    convergence = Convergence(margin=0.1, job={"objective.mode": "consistence", "objective.scale": 16.0})
 
     class Hyperparameters(base.Hyperparameters):
         """Which loss, its weights, and the K of P x K batches."""
@@ -154,7 +154,7 @@ class SiameseLowRes(ClassHeadObjective):
         "https://github.com/johnnysclai/Deep-Siamese-network-for-LRFR",
     )
     needs = Needs(views=4, recipe="low_res_pair", fields=("label",), components=("class_head",), batch_coupled=True)
-    convergence = Convergence(job={"train.epochs": 6, "objective.resolutions": 2})
+    convergence = Convergence(margin=0.06, job={"objective.resolutions": 2, "objective.s": 16.0})
 
     class Hyperparameters(base.Hyperparameters):
         """Weights and margins of both terms, and how many versions there are."""
@@ -254,8 +254,9 @@ class CrossResolution(ClassHeadObjective):
         if self.hyperparameters.curriculum:
             seen = (self.step - self.teacher_steps) * self.batch_size
             share = min(1.0, 0.1 * (1 + seen // self.hyperparameters.curriculum_step_images))
-        drawn: Tensor = uniforms(sample_keys(key(_LOWER, self.seed, self.step), index), 1)[:, 0]
-        return drawn < share
+        drawn = uniforms(sample_keys(key(_LOWER, self.seed, self.step), index), 1)[:, 0]
+        lowered: Tensor = drawn < share
+        return lowered
 
     def forward(self, batch: Batch) -> Output:
         """The loss of one step, the teacher's while it is being trained."""

@@ -28,6 +28,7 @@ class TupleObjective(Objective):
 
     family = "tuple"
     needs = Needs(recipe="faces", fields=("label",), sampler="class_balanced", samples_per_class=4, batch_coupled=True)
+    convergence = Convergence(margin=0.12)
     make_loss: ClassVar[Callable[..., nn.Module]]
 
     @classmethod
@@ -112,7 +113,7 @@ class Contrastive(TupleObjective):
         "https://doi.org/10.1109/CVPR.2006.100",
     )
     make_loss = losses.Contrastive
-    convergence = Convergence(job={"objective.normalize": True, "objective.reduction": "mean_active"})
+    convergence = Convergence(margin=0.12, job={"objective.normalize": True, "objective.reduction": "mean_active"})
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.Contrastive`, and the K of its P x K batches."""
@@ -241,7 +242,7 @@ class Circle(TupleObjective):
     citation = _CIRCLE
     waivers = _CIRCLE_WAIVERS
     make_loss = losses.Circle
-    convergence = Convergence(job={"objective.gamma": 64.0})
+    convergence = Convergence(margin=0.12, job={"objective.gamma": 64.0})
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.Circle`, and the K of its P x K batches."""
@@ -266,7 +267,7 @@ class CircleClass(ClassHeadObjective):
     citation = _CIRCLE
     waivers = _CIRCLE_WAIVERS
     loss_class = losses.CircleHead
-    convergence = Convergence(job={"objective.scale": 64.0})
+    convergence = Convergence(margin=0.1, job={"objective.scale": 64.0})
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.CircleHead`."""
@@ -296,7 +297,7 @@ class RangeLoss(ClassHeadObjective):
     needs = replace(TupleObjective.needs, components=("class_head",))
     loss_class = losses.Softmax
     # Raw features of classes of four images: a smaller weight than beside features of length 1.
-    convergence = Convergence(job={"objective.lam": 0.01, "objective.margin": 4.0})
+    convergence = Convergence(margin=0.08, job={"objective.lam": 0.01, "objective.margin": 4.0})
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.RangeLoss`, its weight, and the K of P x K batches."""
