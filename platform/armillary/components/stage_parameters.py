@@ -26,6 +26,8 @@ def stage_parameters(encoder: nn.Module, in_channels: int, image_size: tuple[int
         One list a stage, and the further one.
     """
     learning = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    if not learning:
+        return [[] for _ in range(len(map_encoder(encoder).stage_channels) + 1)]
     like = next(iter(learning.values()))
     images = torch.zeros(2, in_channels, *image_size, device=like.device, dtype=like.dtype)
     modes = [(module, module.training) for module in encoder.modules()]

@@ -8,7 +8,7 @@ from torch import Tensor
 from armillary.components.heads import Projector
 from armillary.losses.conditional_contrast import ConditionalContrastive
 from armillary.objectives import base
-from armillary.objectives.base import Batch, BuildContext, Citation, Needs, Output
+from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output
 from armillary.objectives.bases import ClassHeadObjective
 from armillary.objectives.registry import register
 
@@ -33,6 +33,8 @@ class ContraGAN2C(ClassHeadObjective):
         "https://arxiv.org/abs/2006.12681",
     )
     needs = Needs(recipe="faces", fields=("label",), components=("projector", "class_vectors"), batch_coupled=True)
+
+    convergence = Convergence(margin=0.15)
 
     class Hyperparameters(base.Hyperparameters):
         """Temperature of the loss, shape of the projector."""

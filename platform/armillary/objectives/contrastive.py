@@ -24,6 +24,11 @@ from armillary.objectives.base import Batch, BuildContext, Citation, Convergence
 from armillary.objectives.bases import ProjectedViewsObjective
 from armillary.objectives.registry import register
 
+# What rounding does in the smallest of networks.
+_ROUNDING: Mapping[str, str] = {
+    "two_workers_equal_one_in_float32": "a bias before a batch norm has no gradient: the rounding of what cancels "
+    "in it exceeds 1e-5 (in float64 the workers agree to 1e-8)"
+}
 _SMALL = {"objective.temperature": 0.5, "objective.projection_dim": 64, "objective.projection_hidden": 256}
 
 
@@ -53,7 +58,7 @@ class SimCLR(ProjectedViewsObjective):
         "ICML",
         "https://arxiv.org/abs/2002.05709",
     )
-    convergence = Convergence(job=_SMALL)
+    convergence = Convergence(margin=0.07, job=_SMALL)
 
     class Hyperparameters(ProjectionHyperparameters):
         """Temperature of the loss, shape of the projector."""
@@ -92,7 +97,8 @@ class SimCLRv2(ProjectedViewsObjective):
         "https://arxiv.org/abs/2006.10029",
     )
     needs = replace(ProjectedViewsObjective.needs, components=("projector", "teacher", "queue"))
-    convergence = Convergence(job=_SMALL)
+    waivers = _ROUNDING
+    convergence = Convergence(margin=0.07, job=_SMALL)
 
     class Hyperparameters(ProjectionHyperparameters):
         """SimCLR's, one layer deeper, and the memory."""
@@ -147,8 +153,11 @@ class DCL(ProjectedViewsObjective):
         "ECCV",
         "https://arxiv.org/abs/2110.06848",
     )
-    waivers: ClassVar[Mapping[str, str]] = {"gradcheck[dcl-weighted=True]": "no gradient passes through the weights"}
-    convergence = Convergence(job={**_SMALL, "objective.temperature": 0.2})
+    waivers: ClassVar[Mapping[str, str]] = {
+        "gradcheck[dcl-weighted=True]": "no gradient passes through the weights",
+        **_ROUNDING,
+    }
+    convergence = Convergence(margin=0.06, job={**_SMALL, "objective.temperature": 0.2})
 
     class Hyperparameters(ProjectionHyperparameters):
         """Arguments of the loss, shape of the projector."""
@@ -190,9 +199,7 @@ class InvaSpread(Objective):
         "https://arxiv.org/abs/1904.03436",
     )
     needs = Needs(views=2, recipe="moco_v1", components=("projector",), batch_coupled=True)
-    waivers: ClassVar[Mapping[str, str]] = {
-        "gradcheck[invaspread-variant=code]": "everything but the anchor is a constant"
-    }
+    convergence = Convergence(margin=0.09)
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of the loss, width of the linear head."""
@@ -235,7 +242,9 @@ class SupportSetBottleneck(ProjectedViewsObjective):
     )
     needs = replace(ProjectedViewsObjective.needs, components=("projector", "predictor"))
     waivers: ClassVar[Mapping[str, str]] = {"gradcheck": "what is predicted is a constant"}
-    convergence = Convergence(job={**_SMALL, "objective.temperature": 0.2, "objective.support_weight": 1.0})
+    convergence = Convergence(
+        margin=0.06, job={**_SMALL, "objective.temperature": 0.2, "objective.support_weight": 1.0}
+    )
 
     class Hyperparameters(ProjectionHyperparameters):
         """Arguments of the loss, shape of projector and predictor."""

@@ -80,12 +80,13 @@ class InstaDisc(BankObjective):
         "gradcheck[instadisc]": "the first batch's normaliser is a constant, and finite differences move it"
     }
     convergence = Convergence(
+        margin=0.08,
         job={
             "objective.estimator": "softmax",
             "objective.temperature": 0.1,
             "objective.projection_dim": 64,
             "objective.proximal": 0.0,
-        }
+        },
     )
 
     class Hyperparameters(base.Hyperparameters):
@@ -165,12 +166,13 @@ class PIRL(BankObjective):
         "move it"
     }
     convergence = Convergence(
+        margin=0.05,
         job={
             "backbone.pool": "mean",
             "objective.bank_samples": 256,
             "objective.temperature": 0.1,
             "objective.projection_dim": 64,
-        }
+        },
     )
 
     class Hyperparameters(base.Hyperparameters):

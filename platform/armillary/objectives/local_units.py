@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -45,8 +47,13 @@ class LoCo(Objective):
         "https://arxiv.org/abs/2008.01342",
     )
     needs = replace(ProjectedViewsObjective.needs, encoder="maps")
+    waivers: ClassVar[Mapping[str, str]] = {
+        "two_workers_equal_one_in_float32[loco]": "a bias before a batch norm has no gradient: the rounding of what "
+        "cancels in it exceeds 1e-5 (in float64 the workers agree to 1e-8)"
+    }
     convergence = Convergence(
-        job={"objective.temperature": 0.5, "objective.projection_dim": 64, "objective.projection_hidden": 128}
+        margin=0.07,
+        job={"objective.temperature": 0.5, "objective.projection_dim": 64, "objective.projection_hidden": 128},
     )
 
     class Hyperparameters(base.Hyperparameters):
