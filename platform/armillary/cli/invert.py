@@ -15,7 +15,7 @@ app = typer.Typer(help="Draw what a trained network remembers of an identity.", 
 def invert(
     run: Annotated[str, typer.Argument(help="A finished run with a class head: its id, or an unambiguous beginning.")],
     identity: Annotated[
-        str, typer.Option(help="Of the dataset: the number of a class that was trained on, or a name.")
+        str, typer.Option(help="Number of a class of the dataset that was trained on, or its name.")
     ],
     steps: Annotated[int, typer.Option(help="Optimisation steps.", min=1, max=100_000)] = 500,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.", min=2, max=1024)] = 16,

@@ -113,6 +113,28 @@ def cmc_figure(curves: Mapping[str, Sequence[ArrayLike]], *, title: str = "Ident
     return _figure(cmc_bands(curves), _cmc_axes(title))
 
 
+def line_figure(lines: Mapping[str, Mapping[float, Sequence[float]]], *, x: str, y: str) -> Figure:
+    """Several lines over a number: the mean of the runs at each place, with a band from the lowest to the highest.
+
+    Args:
+        lines: by name, the runs' values at each place.
+        x: what the horizontal axis says.
+        y: what the vertical axis says.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    bands = []
+    for name, values in lines.items():
+        places = sorted(values)
+        runs = [np.asarray(values[place], float) for place in places]
+        mean, low, high = (np.array([f(run) for run in runs]) for f in (np.mean, np.min, np.max))
+        bands.append(Band(name, np.array(places), mean, low, high, max(map(len, runs))))
+    if not bands:
+        raise ValueError("there is no line to draw")
+    return _figure(bands, Axes(f"{y} over {x}", x, y, log_x=False))
+
+
 def save_roc_png(curves: RocCurves, path: Path, *, title: str = "Verification ROC") -> None:
     """Writes the picture of :func:`roc_figure` as PNG."""
     _save_png(roc_bands(curves), _roc_axes(title), path)

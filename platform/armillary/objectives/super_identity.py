@@ -65,7 +65,7 @@ class SuperIdentity(ClassHeadObjective):
     loss_class = SphereFace
     waivers: ClassVar[Mapping[str, str]] = {
         "gradcheck[super_identity]": "the originals' features are targets without gradient",
-        "learns": "features that do not yet tell people apart agree at once; as they learn to, L_SI grows before it falls",
+        "learns": "features that tell nobody apart agree at once; as they learn to, L_SI grows before it falls",
     }
     convergence = Convergence(
         margin=0.1,

@@ -1,7 +1,7 @@
 """Pictures out of a recognition network: inversion by batch-norm statistics (catalog: arcface_model_inversion).
 
-Deng, Guo, Yang, Xue, Kotsia, Zafeiriou, "ArcFace", IEEE TPAMI 2022, section 3.3, with the terms of DeepInversion (Yin et
-al., "Dreaming to Distill", CVPR 2020)::
+Deng, Guo, Yang, Xue, Kotsia, Zafeiriou, "ArcFace", IEEE TPAMI 2022, section 3.3, with the terms of DeepInversion (Yin
+et al., "Dreaming to Distill", CVPR 2020)::
 
     min_I  L_id(I, y) + w_bn R_bn(I) + w_tv TV(I) + w_2 |I|_2
     R_bn = sum_l  |mu_l(I) - mu_l|_2 + |var_l(I) - var_l|_2
@@ -208,7 +208,7 @@ def invert_run(
     options = options or InversionOptions()
     trained = load_trained(run_id)
     target = trained.training_class(identity)
-    if not any(isinstance(module, nn.BatchNorm2d | _BatchNorm) for module in trained.encoder.modules()):
+    if not any(isinstance(module, _BatchNorm) for module in trained.encoder.modules()):
         raise UserError(
             f"the backbone {trained.job.backbone.name} has no batch norm, whose statistics the pictures must match",
             where=f"run {trained.run.run_id}",

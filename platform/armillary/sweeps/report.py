@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from armillary.evaluation.figures import roc_figure
+from armillary.evaluation.figures import line_figure, roc_figure
 from armillary.evaluation.report import Code, Heading, Paragraph, Plot, Section, Table, html_page
 from armillary.spec.jobs import StudyJob
 from armillary.spec.loading import dump_job
+from armillary.sweeps.axis import lines
 from armillary.sweeps.studies import StudyResult
 from armillary.tracking import format as shown
 from armillary.tracking.leaderboard import Board, Group
@@ -72,6 +73,7 @@ def write_report(job: StudyJob, result: StudyResult, *, extra: Sequence[Section]
     sections: list[Section] = [Paragraph(job.question)] if job.question else []
     sections += [Paragraph(sentence, strong=True) for sentence in answers(job, board)]
     sections += list(extra)
+    sections += _along_axis(job, result.records)
     sections += [Heading("Leaderboard"), _table(board), *(Paragraph(line) for line in shown.legend(board))]
     curves = _roc_curves(result.records)
     if curves:
@@ -81,6 +83,20 @@ def write_report(job: StudyJob, result: StudyResult, *, extra: Sequence[Section]
     path = result.folder / "report.html"
     path.write_text(html_page(job.name, sections))
     return path
+
+
+def _along_axis(job: StudyJob, records: Sequence[RunRecord]) -> list[Section]:
+    """Where the study has an axis: the metrics plotted over it, and what each does from end to end."""
+    sections: list[Section] = []
+    for metric in COMPARED if job.axis else ():
+        assert job.axis is not None
+        found = lines(job, records, metric)
+        if found:
+            caption = f"{metric} over {job.axis}: mean and range over runs"
+            figure = line_figure({line.name: line.values for line in found}, x=job.axis, y=metric)
+            sections += [Heading(f"{metric} over {job.axis}"), Plot(figure, caption=caption)]
+            sections += [Paragraph(line.sentence(job.axis, metric)) for line in found]
+    return sections
 
 
 def _table(board: Board) -> Table:

@@ -12,6 +12,7 @@ from armillary.spec.errors import UserError, WorkFailed
 from armillary.spec.home import home
 from armillary.spec.jobs import StudyJob, TrainJob
 from armillary.spec.loading import apply_overrides, dump_job
+from armillary.sweeps.axis import place_of
 from armillary.sweeps.matrix import run_matrix
 from armillary.training.api import OnReport, Submission
 from armillary.training.crew import CrewPool
@@ -65,6 +66,9 @@ def run_study(
     for name in job.compare or ():
         if name not in names:
             raise UserError(f"there is no variant {name!r} to compare", key="compare", allowed=", ".join(names))
+    if job.axis is not None:
+        for variant in job.variants:
+            place_of(job, variant)
     study_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{job.name}-{secrets.token_hex(2)}"
     submissions = [Submission(run, group=f"study/{study_id}", variant=name) for name, run in expand(job)]
     if on_start:
