@@ -34,6 +34,8 @@ def training_part(data: EvaluationSet, protocol: str) -> tuple[Floats, Ints]:
 def knn(data: EvaluationSet, *, elements: int | None = None) -> ProtocolResult:
     """k-NN classification with the training set as the gallery, by cosine similarity.
 
+    ``knn_probe`` of the catalog, at its two sizes of neighbourhood and T = 0.07.
+
     ``top1``, ``top1_k200``
         The share classified rightly by 20 and by 200 neighbours (or the whole gallery, if smaller), when a neighbour of
         similarity s votes with weight exp(s / 0.07).

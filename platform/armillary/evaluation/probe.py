@@ -55,6 +55,8 @@ def _prepared(data: EvaluationSet, protocol: str) -> tuple[Floats, Ints, Floats]
 def probe(data: EvaluationSet) -> ProtocolResult:
     """Linear probe: ``top1`` is the accuracy of logistic regression on all training embeddings.
 
+    ``linear_probe`` of the catalog in its deterministic form: cached features, standardised, solved by L-BFGS.
+
     Embeddings are standardised per dimension with the training set's statistics; the penalty is scikit-learn's default
     (C = 1) and is not tuned, so that no evaluated label is ever used. A query of an untrained class counts as wrong.
 
@@ -74,6 +76,10 @@ def few_label(data: EvaluationSet) -> ProtocolResult:
     The share is drawn per class, at least one image each, and the accuracy is the mean over five draws made from
     ``seed``. The standardisation uses all training embeddings, which costs no label. Curves: ``top1_1pct`` and
     ``top1_10pct`` hold the draws.
+
+    The encoder stays as it is. What the field calls fine-tuning on 1% or 10% of the labels trains all of it: that is a
+    job of its own, ``train.init_from: RUN`` with ``data.labeled_share: 0.1`` (``jobs/recipes/finetune.yaml``; from the
+    middle of the projector with ``backbone.tail``), judged by :func:`probe` or by neighbours like any other.
 
     Source: the 1% and 10% label protocol of Chen et al., A Simple Framework for Contrastive Learning (SimCLR), ICML
     2020, section 6; here on frozen embeddings, without fine-tuning the encoder.
