@@ -137,7 +137,7 @@ def test_another_dataset_may_be_fine_tuned_on(tiny_job: Any, simclr: TrainJob, o
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-def test_from_a_sharded_pretraining_to_few_labels(tiny_job: Any, simclr: TrainJob, orl: Path, crews: CrewPool) -> None:
+def test_from_a_sharded_pretraining_to_few_labels(tiny_job: Any, simclr: TrainJob, orl: Path, ray_cluster: Any) -> None:
     """Pre-trained on two workers at stage 3, fine-tuned on one from the projector's first layer, all by real runs."""
     two = simclr.model_copy(update={"train": simclr.train.model_copy(update={"workers": 2, "zero": 3})})
     with crew_pool(two, 1) as pair:

@@ -85,16 +85,6 @@ def describe(run: RunDirectory) -> dict[str, Any]:
     Raises:
         UserError: the run has no model yet.
     """
-    folder, description = run.path / "model", describe(run)
-    return description
-
-
-def describe(run: RunDirectory) -> dict[str, Any]:
-    """How a finished run's encoder is built: ``backbone``, ``in_channels``, ``image_size``, ``objective``.
-
-    Raises:
-        UserError: the run has no model yet.
-    """
     folder = run.path / "model"
     if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(
