@@ -35,8 +35,8 @@ class Pairs(NamedTuple):
 class SkipGram(Objective):
     """Skip-gram with negative sampling: a word's vector tells its neighbours in the sentence from random words.
 
-    ``L = mean over pairs of -log sigma(v'_O . v_I) - sum_{i=1}^k log sigma(-v'_{w_i} . v_I)``, over pairs whose distance
-    is at most a radius drawn from 1..window for every word, after frequent words were left out at random;
+    ``L = mean over pairs of -log sigma(v'_O . v_I) - sum_{i=1}^k log sigma(-v'_{w_i} . v_I)``, over pairs whose
+    distance is at most a radius drawn from 1..window for every word, after frequent words were left out at random;
     ``w_i ~ U(w)^power``. The vector v of a word is the encoder's embedding of the sentence that consists of that word
     alone, which for ``word_vectors`` is a row of its table; v' are rows of a table that is dropped after training.
 
@@ -111,7 +111,7 @@ class SkipGram(Objective):
     @torch.no_grad()
     def draw(self, ids: Tensor, index: Tensor) -> Pairs:
         """The pairs of sentences ``(batch, L)``: functions of (seed, step, sample)."""
-        options, (rows, length) = self.hyperparameters, ids.shape
+        options, length = self.hyperparameters, ids.shape[1]
         keys = {part: sample_keys(key(part, self.seed, self.step), index) for part in (_SUBSAMPLING, _RADIUS, _NOISE)}
         # Words that are left out are gone before the window is laid, as in word2vec.c.
         there = (ids > 0) & (uniforms(keys[_SUBSAMPLING], length) < self.keep[ids])

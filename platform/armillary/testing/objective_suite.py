@@ -27,7 +27,6 @@ from armillary.testing.convergence import converge
 from armillary.testing.gloo_pool import GlooPool, shared_pool
 from armillary.testing.steps import Case
 
-
 # Modalities whose first view is an image, which a loss can be differentiated by.
 IMAGES = ("image", "image_text")
 

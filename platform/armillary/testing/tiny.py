@@ -40,6 +40,8 @@ SMALL = {
     "predictor_hidden": 8,
     "start_step": 0,
     "start_share": 0.0,
+    "pairs": 8,
+    "query_pairs": 4,
     "warmup_epochs": 0,
 }
 
