@@ -43,6 +43,15 @@ SMALL = {
     "pairs": 8,
     "query_pairs": 4,
     "warmup_epochs": 0,
+    "decoder_dim": 16,
+    "decoder_heads": 2,
+    "decoder_depth": 1,
+    "cell": 2,
+    "permutations": 8,
+    "score_dim": 8,
+    "context_dim": 8,
+    "patches": 5,
+    "horizon": 2,
 }
 
 
