@@ -13,9 +13,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 
 @app.command("list")
 def list_objectives(
-    family: Annotated[str | None, typer.Option(help="Only this family.")] = None, as_json: AsJson = False
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    terms: Annotated[bool, typer.Option("--terms", help="The regularizers of objective.terms instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List every registered objective."""
+    if terms:
+        _list_terms(as_json)
+        return
     from armillary.cli.console import print_json, print_table, table
     from armillary.objectives import registry
     from armillary.spec.errors import unknown_name
@@ -34,6 +39,21 @@ def list_objectives(
         for item in found
     ]
     print_table(table(["objective", "family", ("views", "right"), "labels", "what it is"], rows))
+
+
+def _list_terms(as_json: bool) -> None:
+    from armillary.cli.console import print_json, print_table, table
+    from armillary.objectives.terms import describe_term, term_names
+
+    found = [describe_term(name) for name in term_names()]
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (item["name"], "yes" if item["labels"] else "no", ", ".join(item["hyperparameters"]) or "none", item["summary"])
+        for item in found
+    ]
+    print_table(table(["term", "labels", "hyperparameters", "what it is"], rows))
 
 
 def _complete_objective(incomplete: str) -> list[str]:

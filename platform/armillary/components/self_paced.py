@@ -110,12 +110,14 @@ def agreement(cluster: Tensor, other: Tensor) -> Tensor:
     """``|I n I'| / |I u I'|`` of the clusters that each sample lies in under two criteria, ``(n,)`` in (0, 1]."""
     pair = cluster * (int(other.max()) + 1) + other
     both = _size(pair)
-    return both / (_size(cluster) + _size(other) - both)
+    share: Tensor = both / (_size(cluster) + _size(other) - both)
+    return share
 
 
 def _size(labels: Tensor) -> Tensor:
     _, place, count = labels.unique(return_inverse=True, return_counts=True)
-    return count[place].double()
+    sizes: Tensor = count[place].double()
+    return sizes
 
 
 def trusted(

@@ -31,6 +31,7 @@ __all__ = [
     "StudyJob",
     "StudyVariant",
     "SweepJob",
+    "TermSpec",
     "TrackingSpec",
     "TrainJob",
     "TrainSpec",
@@ -100,8 +101,18 @@ class BackboneSpec(OpenSection):
         return self.tail[-1] if self.tail else self.embedding_dim
 
 
+class TermSpec(OpenSection):
+    """A regularizer on the objective's embeddings, by its name; other keys are its hyperparameters."""
+
+    weight: float = Field(gt=0, le=1e6, description="its weight beside the objective's loss")
+
+
 class ObjectiveSpec(OpenSection):
     """An objective by its registered name; other keys are its hyperparameters."""
+
+    terms: tuple[TermSpec, ...] = Field(
+        (), description="regularizers added to the loss; armillary objectives list --terms"
+    )
 
 
 class OptimizerSpec(Section):

@@ -67,7 +67,7 @@ def _add_objectives(definitions: dict[str, Any], objectives: Mapping[str, dict[s
         # Definitions of one objective must not meet those of another under the same name.
         for inner, definition in own.pop("$defs", {}).items():
             definitions[f"{name}.{inner}"] = _renamed(definition, name)
-        properties = {"name": {"const": name}, **_renamed(own.get("properties", {}), name)}
+        properties = {"name": {"const": name}, "terms": True, **_renamed(own.get("properties", {}), name)}
         then = {"properties": properties, "required": own.get("required", []), "additionalProperties": False}
         spec["allOf"].append({"if": {"properties": {"name": {"const": name}}, "required": ["name"]}, "then": then})
 

@@ -18,7 +18,10 @@ from armillary.components.backbones import build_encoder
 from armillary.components.heads import Projector
 from armillary.components.normalization import convert_batch_norm
 from armillary.components.teacher import teachers
+from armillary.components.text import TextTransformer
+from armillary.components.towers import TwoTowers
 from armillary.objectives import Objective
+from armillary.objectives.terms import WithTerms
 from armillary.spec.errors import UserError
 from armillary.spec.jobs import BackboneSpec, TrainJob
 from armillary.training.rundir import RunDirectory, write_atomically
@@ -39,6 +42,8 @@ def save_encoder(folder: Path, encoder: nn.Module, job: TrainJob, channels: int,
         "image_size": list(image_size),
         "objective": job.objective.name,
     }
+    if isinstance(encoder, TwoTowers):
+        description["text"] = encoder.text_options
     write_atomically(folder / DESCRIPTION, json.dumps(description, indent=2))
 
 
@@ -50,6 +55,7 @@ def save_head(folder: Path, rows: Mapping[str, Tensor]) -> None:
 
 def save_projector(folder: Path, objective: Objective) -> None:
     """Writes the projector that belongs to the exported encoder, where there is one."""
+    objective = objective.objective if isinstance(objective, WithTerms) else objective
     holders = {id(teacher["encoder"]): teacher for teacher in teachers(objective) if "encoder" in teacher.parts}
     holder = holders.get(id(objective.exported()), objective)
     projector = getattr(holder, "projector", None)
@@ -103,11 +109,12 @@ def load_encoder(run: RunDirectory) -> nn.Module:
     """
     folder, description = run.path / "model", describe(run)
     height, width = description["image_size"]
-    encoder = convert_batch_norm(
-        build_encoder(
-            BackboneSpec(**description["backbone"]), in_channels=description["in_channels"], image_size=(height, width)
-        )
+    encoder = build_encoder(
+        BackboneSpec(**description["backbone"]), in_channels=description["in_channels"], image_size=(height, width)
     )
+    if "text" in description:
+        encoder = TwoTowers(encoder, TextTransformer(**description["text"]))
+    encoder = convert_batch_norm(encoder)
     stored = load_file(folder / WEIGHTS)
     here = encoder.state_dict()
     wrong = sorted(name for name in stored.keys() | here.keys() if shape(stored, name) != shape(here, name))

@@ -18,6 +18,7 @@ from armillary.data.views import Views, make_views
 from armillary.data.views.geometry import output_size
 from armillary.evaluation.suite import check_protocols
 from armillary.objectives import BuildContext, Needs, Objective, registry
+from armillary.objectives.terms import choose_terms, needs_with_terms, with_terms
 from armillary.spec.errors import UserError
 from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import located
@@ -62,7 +63,7 @@ class Plan:
             class_counts=torch.bincount(train.label, minlength=self.data.num_classes),
             tables=self.data.inputs,
         )
-        return objective(hyperparameters, context)
+        return with_terms(objective(hyperparameters, context), choose_terms(self.job.objective.terms), context)
 
     def batches(self, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu") -> Batches:
         """The training batches of one worker."""
@@ -98,6 +99,7 @@ def plan(
             )
         _check_backbone(job, needs)
         check_protocols(job.evaluate.protocols, job.data.split)
+        _check_modality_of_protocols(job, needs)
         _check_training(job, needs)
         check_capacity(job, capacity or local_capacity())
         data = as_inputs(prepared(job.data, seed=job.seed), needs, job.data)
@@ -115,10 +117,25 @@ def needs_of(job: TrainJob) -> Needs:
     """What a job's objective needs under its hyperparameters.
 
     Raises:
-        UserError: an unknown objective or hyperparameter.
+        UserError: an unknown objective, term or hyperparameter.
     """
     objective = registry.get(job.objective.name, key="objective.name")
-    return objective.needs_for(registry.hyperparameters(job.objective.name, job.objective.options))
+    needs = objective.needs_for(registry.hyperparameters(job.objective.name, job.objective.options))
+    return needs_with_terms(needs, choose_terms(job.objective.terms), job.objective.name)
+
+
+# Protocols that judge one modality only.
+_JUDGES = {"cross_retrieval": "image_text"}
+
+
+def _check_modality_of_protocols(job: TrainJob, needs: Needs) -> None:
+    for name in job.evaluate.protocols:
+        if _JUDGES.get(name, needs.modality) != needs.modality:
+            raise UserError(
+                f"{name} judges objectives of the modality {_JUDGES[name]}, and {job.objective.name} is of {needs.modality}",
+                key="evaluate.protocols",
+                hint="`armillary objectives show NAME` says an objective's modality",
+            )
 
 
 def _check_backbone(job: TrainJob, needs: Needs) -> None:
