@@ -192,7 +192,7 @@ class CenterCalibrator(nn.Module):
         means = sums / torch.bincount(place, minlength=len(classes))[:, None]
         old = self.centers[classes].to(units.dtype)
         # A class that is new starts at its first mean.
-        keep = self.momentum * (old.square().sum(dim=1, keepdim=True) > 0)
+        keep = self.momentum * (old.square().sum(dim=1, keepdim=True) > 0).to(units.dtype)
         centers = normalize(keep * old + (1 - keep) * means)
         if self.training:
             self._moved = (classes, centers.detach())

@@ -83,7 +83,7 @@ class CoupledManifoldAlignment(CrossResolutionObjective):
         "Pattern Recognition 147 (not verified)",
     )
     loss_class = ArcFace
-    convergence = Convergence(margin=0.1, job={"objective.scale": 16, "objective.margin": 0.3, "train.epochs": 6})
+    convergence = Convergence(margin=0.08, job={"objective.scale": 16, "objective.margin": 0.3, "train.epochs": 8})
 
     class Hyperparameters(CrossResolutionHyperparameters):
         """Of the head, the alignment, and the branches."""

@@ -68,7 +68,7 @@ class SuperIdentity(ClassHeadObjective):
         "learns": "features that tell nobody apart agree at once; as they learn to, L_SI grows before it falls",
     }
     convergence = Convergence(
-        margin=0.1,
+        margin=0.065,
         job={
             "objective.annealing_start": 5.0,
             "objective.width": 8,
