@@ -14,7 +14,7 @@ from armillary.components.counter import key, permutations, sample_keys
 from armillary.components.heads import Projector
 from armillary.losses.future_contrast import FutureContrast
 from armillary.objectives import base
-from armillary.objectives.base import Batch, BuildContext, Citation, Needs, Objective, Output
+from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Objective, Output
 from armillary.objectives.registry import register
 
 _SHUFFLE = 73
@@ -49,6 +49,10 @@ class TemporalContrastive(Objective):
         "WACV",
     )
     needs = Needs(views=32, recipe="frames", components=("projector", "recurrent"), batch_coupled=True)
+    convergence = Convergence(
+        dataset="identities_video",
+        job={"objective.clip_length": 2, "objective.horizon": 2, "objective.projection_dim": 64},
+    )
 
     class Hyperparameters(base.Hyperparameters):
         """What is contrasted, and the shape of the networks."""

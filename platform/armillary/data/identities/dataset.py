@@ -41,6 +41,7 @@ COLUMNS: dict[str, ColumnType] = {
 EMBEDDED = {
     "identities": IdentitiesSpec(sets=4, graph=True),
     "identities_small": IdentitiesSpec(identities=64, images_per_identity=12, size=32, sets=4, graph=True),
+    "identities_video": IdentitiesSpec(identities=64, images_per_identity=24, size=32, sequence_length=8),
 }
 # Part of what a killed generation is known by: change it with anything that changes a pixel or a column.
 _VERSION = "identities-1"
@@ -142,6 +143,11 @@ def embedded(name: str, _source: Path | None, progress: Progress) -> Dataset:
 def embedded_small(name: str, _source: Path | None, progress: Progress) -> Dataset:
     """The data set ``identities_small``, for the table of importers."""
     return make_identities(name, EMBEDDED["identities_small"], progress)
+
+
+def embedded_video(name: str, _source: Path | None, progress: Progress) -> Dataset:
+    """The data set ``identities_video``, for the table of importers."""
+    return make_identities(name, EMBEDDED["identities_video"], progress)
 
 
 def _scenes(spec: IdentitiesSpec, roll: Roll, rows: Ints) -> Scenes:

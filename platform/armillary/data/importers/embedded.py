@@ -110,3 +110,10 @@ def identities_small(name: str, source: Path | None, progress: Progress) -> Data
     from armillary.data.identities import embedded_small
 
     return embedded_small(name, source, progress)
+
+
+def identities_video(name: str, source: Path | None, progress: Progress) -> Dataset:
+    """Short videos of small procedural faces."""
+    from armillary.data.identities import embedded_video
+
+    return embedded_video(name, source, progress)
