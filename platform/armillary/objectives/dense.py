@@ -23,6 +23,7 @@ from armillary.losses.tensors import widen
 from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output
 from armillary.objectives.registry import register
 from armillary.objectives.self_distillation import (
+    SMALL_JOB,
     PrototypeDistillation,
     PrototypeHyperparameters,
     target_entropy,
@@ -189,16 +190,6 @@ _TOKENS = Needs(
     encoder="tokens",
     components=("projector", "teacher", "center"),
 )
-_SMALL = {
-    "views.name": "multicrop_small",
-    "views.local_crops": 2,
-    "objective.momentum": 0.9,
-    "objective.prototypes": 256,
-    "objective.head_hidden": 128,
-    "objective.bottleneck": 64,
-    "objective.warmup_epochs": 0,
-    "objective.teacher_temperature": 0.05,
-}
 
 
 @register
@@ -222,7 +213,7 @@ class IBOT(PatchDistillation):
         "https://arxiv.org/abs/2111.07832",
     )
     needs = with_local_crops(_TOKENS, 10)
-    convergence = Convergence(job=_SMALL)
+    convergence = Convergence(job=SMALL_JOB)
 
     class Hyperparameters(PatchHyperparameters):
         """iBOT has fewer prototypes and more small crops than DINO."""
@@ -307,7 +298,7 @@ class DINOv2(BalancedDistillation):
         "https://arxiv.org/abs/2304.07193",
     )
     needs = replace(_TOKENS, batch_coupled=True)
-    convergence = Convergence(job=_SMALL)
+    convergence = Convergence(job=SMALL_JOB)
 
     class Hyperparameters(DINOv2Hyperparameters):
         """How targets are kept from collapsing."""
@@ -344,7 +335,7 @@ class DINOv3Gram(BalancedDistillation):
         "https://arxiv.org/abs/2508.10104",
     )
     needs = DINOv2.needs
-    convergence = Convergence(job={**_SMALL, "objective.start_step": 20, "objective.update_every": 20})
+    convergence = Convergence(job={**SMALL_JOB, "objective.start_step": 20, "objective.update_every": 20})
 
     class Hyperparameters(DINOv2Hyperparameters):
         """When and how patches are anchored."""

@@ -21,6 +21,7 @@ from armillary.objectives.base import Batch, BuildContext, Citation, Convergence
 from armillary.objectives.dense import PatchDistillation, PatchHyperparameters, embed_each, patch_grid
 from armillary.objectives.registry import register
 from armillary.objectives.self_distillation import (
+    SMALL_JOB,
     PrototypeDistillation,
     PrototypeHyperparameters,
     target_entropy,
@@ -30,16 +31,6 @@ from armillary.objectives.self_distillation import (
 _NEEDS = Needs(
     views=2, recipe="multicrop", encoder="tokens", components=("projector", "teacher", "center", "positional_query")
 )
-_SMALL = {
-    "views.name": "multicrop_small",
-    "views.local_crops": 2,
-    "objective.momentum": 0.9,
-    "objective.prototypes": 256,
-    "objective.head_hidden": 128,
-    "objective.bottleneck": 64,
-    "objective.warmup_epochs": 0,
-    "objective.teacher_temperature": 0.05,
-}
 
 
 def places_in(
@@ -97,7 +88,7 @@ class PQ(PatchDistillation):
         "https://proceedings.mlr.press/v202/zhang23bd.html",
     )
     needs = with_local_crops(_NEEDS, 4)
-    convergence = Convergence(job=_SMALL)
+    convergence = Convergence(job=SMALL_JOB)
 
     class Hyperparameters(PatchHyperparameters):
         """Weight and form of the queries' loss."""
@@ -193,7 +184,7 @@ class CR2PQ(PrototypeDistillation):
         "https://openreview.net/forum?id=3l6PwssLNY",
     )
     needs = with_local_crops(_NEEDS, 0)
-    convergence = Convergence(job=_SMALL)
+    convergence = Convergence(job=SMALL_JOB)
 
     class Hyperparameters(PrototypeHyperparameters):
         """Form and weight of the patches' loss."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,17 @@ from armillary.objectives.registry import register
 
 DETACHED = {"gradcheck": "the teacher sees the same images and passes no gradient"}
 Export = Literal["student", "teacher"]
+# What suits small images and hundreds of steps.
+SMALL_JOB: Mapping[str, Any] = {
+    "views.name": "multicrop_small",
+    "views.local_crops": 2,
+    "objective.momentum": 0.9,
+    "objective.prototypes": 256,
+    "objective.head_hidden": 128,
+    "objective.bottleneck": 64,
+    "objective.warmup_epochs": 0,
+    "objective.teacher_temperature": 0.05,
+}
 
 
 def momentum_schedule(start: float, context: BuildContext) -> Schedule:
@@ -73,7 +84,13 @@ class BYOL(Exports, ProjectedViewsObjective):
     }
     projector_last_norm = False
     convergence = Convergence(
-        job={"objective.momentum": 0.9, "objective.projection_hidden": 256, "objective.projection_dim": 64}
+        job={
+            "objective.momentum": 0.9,
+            "objective.projection_hidden": 256,
+            "objective.projection_dim": 64,
+            "views.blur": 0.0,
+            "views.crop_scale": [0.2, 1.0],
+        }
     )
 
     class Hyperparameters(base.Hyperparameters):
@@ -107,7 +124,7 @@ class BYOL(Exports, ProjectedViewsObjective):
         prediction1, prediction2 = self.predictor(self.projector(embeddings)).chunk(2)
         loss = self.loss(prediction1, target2, prediction2, target1)
         cosine = 1 - losses.cosine_distance(prediction1, target2).mean()
-        return Output(loss, {"prediction_cosine": cosine.detach().float()})
+        return Output(loss, {"prediction_cosine": cosine.detach()})
 
     def after_step(self, step: int) -> None:
         """Moves the teacher."""
@@ -329,7 +346,7 @@ def with_local_crops(needs: Needs, local_crops: int) -> Needs:
 
 def target_entropy(targets: Tensor) -> Tensor:
     """Mean entropy of targets ``(..., K)``: the least value that a cross-entropy with them can take."""
-    return torch.special.entr(targets).sum(dim=-1).mean().float()
+    return torch.special.entr(targets).sum(dim=-1).mean()
 
 
 @register
@@ -354,7 +371,7 @@ class DINO(PrototypeDistillation):
     needs = Needs(
         views=10, recipe="multicrop", recipe_options={"local_crops": 8}, components=("projector", "teacher", "center")
     )
-    convergence = Convergence()
+    convergence = Convergence(job=SMALL_JOB)
 
     class Hyperparameters(PrototypeHyperparameters):
         """DINO's are those of its frame."""
