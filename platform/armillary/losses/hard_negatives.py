@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,59 +75,70 @@ class HardNegativeNCE(nn.Module):
         return global_mean(losses.sum(), count, self.gather) + guard
 
     def _of_block(self, block: Block) -> tuple[Tensor, ...]:
-        two = block.partners
-        partner = two.columns.masked_fill(~two.taken, 0).sum(dim=1)
-        positive = (block.anchors * block.columns[partner]).sum(dim=1) / self.temperature
-        number = len(block.columns) - 2
-        if number < 1:
-            return positive - positive, positive.detach() * self.temperature, torch.ones_like(positive)
-        logits = (block.anchors / self.temperature) @ block.columns.T
-        log_r = self._log_weighted_sum(logits, two.columns) + math.log(number)
-        loss, floored = self._debiased(positive, log_r, number)
-        return loss, positive.detach() * self.temperature, floored
+        """Losses, cosines of the positives, and whose negatives are at the floor.
 
-    def _debiased(self, log_p: Tensor, log_r: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """-log(p / (p + G)) from the logarithms of p and R, and where G is at its floor."""
-        log_g = log_r
-        if self.tau_plus > 0:
-            # log of the share of R that the expected positives take; at 1 and beyond nothing is left of it.
-            taken = math.log(number * self.tau_plus) + log_p - log_r
-            left = torch.where(taken < 0, taken, -1.0)
-            log_g = log_r + torch.log1p(-left.exp().clamp_max(1 - 1e-7)) - math.log(1 - self.tau_plus)
-            log_g = torch.where(taken < 0, log_g, -torch.inf)
-        floor = math.log(number) - 1 / self.temperature
-        floored = log_g.detach() <= floor
-        log_g = torch.where(floored, floor, log_g)
-        return torch.logaddexp(torch.zeros_like(log_p), log_g - log_p), floored.to(log_p.dtype)
-
-    def _log_weighted_sum(self, logits: Tensor, without: Tensor) -> Tensor:
-        """``log( sum_j n_j^(1 + beta) / sum_j n_j^beta )`` of each row, its slope written down; logits are overwritten.
-
-        By a logit l_j it is ``(1 + beta) softmax((1 + beta) l)_j - beta softmax(beta l)_j``.
+        The derivative by the logits is written down as a whole, so that its parts cancel before they are multiplied.
         """
-        beta = self.beta
+        logits, two = (block.anchors / self.temperature) @ block.columns.T, block.partners
         with torch.no_grad():
-            work = logits.detach().scatter_(1, without, empty_logit(logits.dtype))
-            largest = work.amax(dim=1, keepdim=True)
-            work.sub_(largest)
-            if beta == 1:
-                low = work.exp_()
-                total_low = low.sum(dim=1, keepdim=True)
-                total_high = torch.linalg.vector_norm(low, dim=1, keepdim=True).square()
-                slope = low * (1 + beta if not self.detach_weights else 1.0) / total_high
-                if not self.detach_weights:
-                    slope.sub_(beta / total_low)
-                slope.mul_(low)
-            else:
-                low = (beta * work).exp_() if beta else torch.where(work > empty_logit(work.dtype) / 2, 1.0, 0.0)
-                total_low = low.sum(dim=1, keepdim=True)
-                slope = work.mul_(1 + beta).exp_()
-                total_high = slope.sum(dim=1, keepdim=True)
-                slope.mul_((1.0 if self.detach_weights else 1 + beta) / total_high)
-                if beta and not self.detach_weights:
-                    slope.sub_(low.mul_(beta / total_low))
-            values = (total_high.log() - total_low.log() + largest).squeeze(1)
-        return with_slope(logits, values, slope)
+            matrix, number = logits.detach(), len(block.columns) - 2
+            log_p = two.of(matrix, 0.0).sum(dim=1)
+            if number < 1:
+                return with_slope(logits, 0 * log_p, matrix.zero_()), log_p * self.temperature, torch.ones_like(log_p)
+            matrix.scatter_(1, two.columns, empty_logit(matrix.dtype))
+            high, low, log_r = self._powers(matrix)
+            losses, by_r, by_p, floored = self._debiased(log_p, log_r + math.log(number), number)
+            # By a logit, log R is (1 + beta) softmax((1 + beta) l) - beta softmax(beta l); high and low are these.
+            slope = self._combined(high, low, by_r[:, None])
+            slope.scatter_(1, two.columns, torch.where(two.taken, by_p[:, None], 0))
+        return with_slope(logits, losses, slope), log_p * self.temperature, floored.to(losses.dtype)
+
+    def _powers(self, logits: Tensor) -> tuple[_Power, _Power, Tensor]:
+        """``exp((1 + beta) l)``, ``exp(beta l)`` and ``log( sum_j of the first / sum_j of the second )``, by rows."""
+        largest = logits.amax(dim=1, keepdim=True)
+        shifted = logits.sub_(largest)
+        if self.beta == 1:
+            values = shifted.exp_()
+            low = _Power(values, values.sum(dim=1, keepdim=True))
+            high = _Power(None, torch.linalg.vector_norm(values, dim=1, keepdim=True).square())
+        else:
+            # An empty logit counts in neither, whatever the power.
+            values = (self.beta * shifted).exp_() if self.beta else (shifted > empty_logit(logits.dtype) / 2).to(logits)
+            low = _Power(values, values.sum(dim=1, keepdim=True))
+            values = shifted.mul_(1 + self.beta).exp_()
+            high = _Power(values, values.sum(dim=1, keepdim=True))
+        return high, low, (high.total.log() - low.total.log() + largest).squeeze(1)
+
+    def _combined(self, high: _Power, low: _Power, factor: Tensor) -> Tensor:
+        up, down = (1.0, 0.0) if self.detach_weights else (1 + self.beta, self.beta)
+        if high.values is None:
+            assert low.values is not None
+            slope = low.values * (factor * up / high.total)
+            return slope.sub_(factor * down / low.total).mul_(low.values)
+        slope = high.values.mul_(factor * up / high.total)
+        return slope if down == 0 or low.values is None else slope.sub_(low.values.mul_(factor * down / low.total))
+
+    def _debiased(self, log_p: Tensor, log_r: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-log(p / (p + G)), its derivatives by log R and log p, and where G is at its floor."""
+        log_g, share = log_r, torch.zeros_like(log_r)
+        if self.tau_plus > 0:
+            # The share of R that the expected positives take; at 1 and beyond nothing is left of it.
+            share = (math.log(number * self.tau_plus) + log_p - log_r).exp()
+            log_g = log_r + torch.log1p(-share.clamp_max(1)) - math.log(1 - self.tau_plus)
+        floor = math.log(number) - 1 / self.temperature
+        floored = log_g <= floor
+        log_g, share = torch.where(floored, floor, log_g), torch.where(floored, 0, share)
+        losses = torch.logaddexp(torch.zeros_like(log_p), log_g - log_p)
+        of_negatives = torch.sigmoid(log_g - log_p)
+        by_r = torch.where(floored, 0, of_negatives / (1 - share))
+        return losses, by_r, -of_negatives - by_r * share, floored
+
+
+class _Power(NamedTuple):
+    """Exponentials ``(rows, columns)``, ``None`` for the other power's square, and their sums ``(rows, 1)``."""
+
+    values: Tensor | None
+    total: Tensor
 
 
 @dataclass(frozen=True)

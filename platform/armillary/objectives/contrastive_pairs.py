@@ -252,9 +252,6 @@ class MoCHi(MoCoV2):
         "NeurIPS",
         "https://arxiv.org/abs/2010.01028",
     )
-    waivers: ClassVar[Mapping[str, str]] = {
-        "gradcheck": "mixtures with the query are constants, and move when the query does"
-    }
     convergence = Convergence(
         job={
             "objective.queue_size": 256,

@@ -119,8 +119,8 @@ class TSC(KCL):
 
     Equation and shapes: :class:`armillary.losses.k_positives.KPositives`. Targets are optimised once, when the
     objective is made (:func:`armillary.losses.k_positives.uniform_targets`). Which class takes which target follows
-    from the moving means of the classes' queries over all workers. The first ``start_share`` of the epochs are KCL, half
-    of them in the paper, which then starts with a fresh optimizer; here the optimizer goes on.
+    from the moving means of the classes' queries over all workers. The first ``start_share`` of the epochs are KCL,
+    half of them in the paper, which then starts with a fresh optimizer; here the optimizer goes on.
     """
 
     name = "tsc"
