@@ -10,11 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from armillary.components.attention import attention_pictures
 from armillary.components.center import Center
 from armillary.components.collapse import CollapseMonitor
 from armillary.components.heads import DINOHead, Projector
 from armillary.components.schedules import Schedule
 from armillary.components.teacher import Teacher
+from armillary.components.transformers import TransformerEncoder
 from armillary.losses import self_distillation as losses
 from armillary.losses.center_residual import center_and_residual, de_centering
 from armillary.objectives import base
@@ -28,6 +30,7 @@ Export = Literal["student", "teacher"]
 SMALL_JOB: Mapping[str, Any] = {
     "views.name": "multicrop_small",
     "views.local_crops": 2,
+    "objective.local_crops": 2,
     "objective.momentum": 0.9,
     "objective.prototypes": 256,
     "objective.head_hidden": 128,
@@ -310,6 +313,14 @@ class PrototypeDistillation(Exports):
     def epoch_metrics(self) -> dict[str, Tensor]:
         """Whether embedding or prototypes have collapsed."""
         return self.collapse.metrics()
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """``attention``: what the exported transformer looks at (DINO's figure 1); a row an image, a column a head.
+
+        Convolutional networks have none.
+        """
+        encoder = self.exported()
+        return {"attention": attention_pictures(encoder, images)} if isinstance(encoder, TransformerEncoder) else {}
 
     @property
     def teacher_temperature(self) -> float:

@@ -1,0 +1,102 @@
+"""Loss-only steps of self-supervised methods beside lightly's: forward, backward, and what the loss keeps (a centre).
+
+``OMP_NUM_THREADS=2 python bench/ssl_losses.py [repetitions]``. Inputs are what heads put out, float32, so that nothing
+but the loss is timed. Ways take turns; each one's best time counts. A method is a row of ``TABLE``: its name and a
+function that makes (step of ours, step of theirs) on the same inputs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import lightly.loss as peer
+import torch
+from torch import Tensor
+
+from armillary.components.center import Center
+from armillary.losses.self_distillation import CrossViewEntropy, KoLeo, MaskedPatchEntropy, centered_targets
+
+Step = Callable[[], object]
+VIEWS, GLOBAL, BATCH, PROTOTYPES = 10, 2, 64, 8192
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    """The same random numbers in every run."""
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def dino() -> tuple[Step, Step]:
+    """10 crops of 64 images, 8192 prototypes: targets, loss, gradient, centre."""
+    teacher, student = draw(GLOBAL * BATCH, PROTOTYPES, scale=0.1), draw(VIEWS * BATCH, PROTOTYPES, scale=0.1)
+    student.requires_grad_()
+    loss, center = CrossViewEntropy(0.1), Center(PROTOTYPES)
+    theirs = peer.DINOLoss(PROTOTYPES)
+
+    def ours() -> None:
+        targets = centered_targets(teacher.unflatten(0, (GLOBAL, BATCH)), center.value, 0.04)
+        backward(loss(student.unflatten(0, (VIEWS, BATCH)), targets), student)
+        center.hold(0, teacher)
+        center.update()
+
+    # Both are given what a head returns for all crops of a kind at once.
+    def lightly() -> None:
+        backward(theirs(list(teacher.chunk(GLOBAL)), list(student.chunk(VIEWS))), student)
+
+    return ours, lightly
+
+
+def ibot() -> tuple[Step, Step]:
+    """128 crops of 64 patches of which 30 % are masked, 2048 prototypes."""
+    masked = torch.rand(128, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.3
+    count = int(masked.sum())
+    teacher, student = draw(count, 2048, scale=0.1), draw(count, 2048, scale=0.1).requires_grad_()
+    loss, center, theirs = MaskedPatchEntropy(0.1), Center(2048), peer.IBOTPatchLoss(2048)
+
+    def ours() -> None:
+        backward(loss(student, centered_targets(teacher, center.value, 0.04), masked.flatten(1)), student)
+        center.hold(0, teacher)
+        center.update()
+
+    return ours, lambda: backward(theirs(teacher, student, masked), student)
+
+
+def koleo() -> tuple[Step, Step]:
+    """1024 embeddings of 256 numbers."""
+    rows = draw(1024, 256).requires_grad_()
+    loss, theirs = KoLeo(), peer.KoLeoLoss()
+    return lambda: backward(loss(rows), rows), lambda: backward(theirs(rows), rows)
+
+
+TABLE: dict[str, Callable[[], tuple[Step, Step]]] = {"DINO": dino, "iBOT": ibot, "KoLeo": koleo}
+
+
+def backward(loss: Tensor, inputs: Tensor) -> None:
+    """The gradient, which is dropped."""
+    inputs.grad = None
+    loss.backward()
+
+
+def best(steps: list[Step], repetitions: int) -> list[float]:
+    """Each step's best time in milliseconds; they take turns."""
+    times = [float("inf")] * len(steps)
+    for _ in range(repetitions):
+        for number, step in enumerate(steps):
+            start = time.perf_counter()
+            step()
+            times[number] = min(times[number], 1000 * (time.perf_counter() - start))
+    return times
+
+
+def main() -> None:
+    """Prints a line a method."""
+    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    print(f"{'loss':<14} {'ours ms':>9} {'lightly ms':>11} {'ratio':>7}   (above 1: ours is faster)")
+    for name, make in TABLE.items():
+        ours, theirs = best(list(make()), repetitions)
+        print(f"{name:<14} {ours:9.2f} {theirs:11.2f} {theirs / ours:7.2f}")
+
+
+if __name__ == "__main__":
+    main()
