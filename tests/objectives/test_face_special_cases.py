@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from armillary.objectives.super_identity import SuperIdentity, super_identity_lo
 from armillary.testing import tiny
 
 
-def made(cls: type[Objective], **options: object) -> tuple[Objective, Batch]:
+def made(cls: type[Objective], **options: object) -> tuple[Any, Batch]:
     objective = tiny.build(cls, options, dtype=torch.float64)
     return objective, tiny.batch(cls.needs_for(objective.hyperparameters), dtype=torch.float64)
 
@@ -80,7 +82,8 @@ def test_super_identity_trains_each_network_by_its_own_terms() -> None:
     strong, _ = made(SuperIdentity, alpha=50.0)
     # The recogniser does not feel L_SI, the sharpener does.
     torch.testing.assert_close(*(gradients(o, o(batch).loss, "encoder") for o in (weak, strong)))
-    assert not torch.allclose(*(gradients(o, o(batch).loss, "sharpener") for o in (weak, strong)))
+    of_weak, of_strong = (gradients(o, o(batch).loss, "sharpener") for o in (weak, strong))
+    assert not torch.allclose(of_weak, of_strong)
     # The sharpener does not feel L_FR: with no L_SI its gradient is that of the pixels alone.
     pixels = 4 * (weak.sharpener(batch.views[1]) - batch.views[0]).square().mean()
     torch.testing.assert_close(gradients(weak, weak(batch).loss, "sharpener"), gradients(weak, pixels, "sharpener"))

@@ -50,7 +50,7 @@ def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fit(objective, ready)
         run = create_run(job, ready.data.fingerprint)
         save_encoder(run.path / "model", objective.exported(), job, 3, (32, 32))
-        save_head(run.path / "model", {"loss.weight": objective.loss.weight})
+        save_head(run.path / "model", {"loss.weight": objective.get_parameter("loss.weight")})
         run.update(status="finished")
     return home
 

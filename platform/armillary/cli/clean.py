@@ -84,6 +84,11 @@ def _retrain(job: TrainJob, before: dict[str, float], as_json: bool) -> dict[str
             for metric, value in record.metrics.items()
             if not metric.startswith("train/")
         ]
-        columns = ("metric", ("before", "right"), ("cleaned", "right"))
-        print_table(table(columns, rows, title=f"{record.run_id} ({record.seconds:.1f} s)"))
+        print_table(
+            table(
+                ("metric", ("before", "right"), ("cleaned", "right")),
+                rows,
+                title=f"{record.run_id} ({record.seconds:.1f} s)",
+            )
+        )
     return {"retrained": record.run_id, "before": before, "metrics": record.metrics}

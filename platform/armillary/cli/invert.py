@@ -14,14 +14,12 @@ app = typer.Typer(help="Draw what a trained network remembers of an identity.", 
 @app.command()
 def invert(
     run: Annotated[str, typer.Argument(help="A finished run with a class head: its id, or an unambiguous beginning.")],
-    identity: Annotated[
-        str, typer.Option(help="Number of a class of the dataset that was trained on, or its name.")
-    ],
+    identity: Annotated[str, typer.Option(help="Number of a class of the dataset that was trained on, or its name.")],
     steps: Annotated[int, typer.Option(help="Optimisation steps.", min=1, max=100_000)] = 500,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.", min=2, max=1024)] = 16,
     lr: Annotated[float, typer.Option(help="Step size.", min=1e-6, max=10)] = 0.25,
-    bn: Annotated[float, typer.Option(help="Weight of the batch-norm statistics.", min=0, max=100)] = 0.01,
-    tv: Annotated[float, typer.Option(help="Weight of the total variation.", min=0, max=10)] = 1e-4,
+    bn: Annotated[float, typer.Option(help="Weight of the batch-norm statistics.", min=0, max=100)] = 0.1,
+    tv: Annotated[float, typer.Option(help="Weight of the total variation.", min=0, max=10)] = 0.01,
     seed: Annotated[int, typer.Option(help="Of the noise it starts from.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

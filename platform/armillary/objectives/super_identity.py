@@ -124,7 +124,7 @@ class SuperIdentity(ClassHeadObjective):
         joint = self.step >= self.joint_from
         sharp = self.sharpener(low).to(high.dtype)
         seen = torch.cat([high, sharp.detach()]) if joint else high
-        self.loss.iteration.fill_(self.step)
+        self.loss.get_buffer("iteration").fill_(self.step)
         loss = self.loss(self.encoder(seen), labels.repeat(1 + joint), metrics=metrics)
         pixels = 4 * (sharp - high).square().mean()
         metrics["pixel_loss"] = pixels.detach()

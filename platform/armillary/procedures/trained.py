@@ -74,7 +74,7 @@ class TrainedRun:
                 where="--identity",
                 allowed=f"one of {len(trained)} training classes, e.g. {', '.join(map(str, trained[:5]))}",
             )
-        return trained.index(number)
+        return int(trained.index(number))
 
     @cached_property
     def _labels(self) -> Tensor:

@@ -64,8 +64,8 @@ def lines(job: StudyJob, records: Sequence[RunRecord], metric: str) -> list[Line
         names = [variant.name for variant in variants]
         # Letter by letter: "softmax 32" and "softmax 64" are one line.
         line = Line(commonprefix(names).strip() if len(names) > 1 else names[0])  # noqa: RUF071
-        for place, variant in sorted((place_of(job, variant), variant.name) for variant in variants):
-            values = [r.metrics[metric] for r in records if r.variant == variant and metric in r.metrics]
+        for place, name in sorted((place_of(job, variant), variant.name) for variant in variants):
+            values = [r.metrics[metric] for r in records if r.variant == name and metric in r.metrics]
             if values:
                 line.values.setdefault(place, []).extend(values)
         if line.values:
