@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from armillary.components.dropout import CounterDropout, counter_dropout
-from armillary.components.encoders import Tokens
 from armillary.components.transformers import make_blocks
 from armillary.spec.errors import UserError
 
@@ -40,7 +39,10 @@ class TextTransformer(nn.Module):
         pool: Literal["cls", "mean"] = "cls",
     ) -> None:
         super().__init__()
-        self.vocabulary, self.length, self.token_dim, self.pool = vocabulary, length, width, pool
+        self.pool = pool
+        # What to make another one with.
+        self.options = {"vocabulary": vocabulary, "length": length, "embedding_dim": embedding_dim}
+        self.options |= {"width": width, "depth": depth, "heads": heads, "pool": pool}
         self.words = nn.Embedding(vocabulary, width)
         nn.init.trunc_normal_(self.words.weight, std=0.02)
         self.start = nn.Parameter(0.02 * torch.randn(1, 1, width))
@@ -61,11 +63,10 @@ class TextTransformer(nn.Module):
         embedding: Tensor = self.neck(hidden[:, 0] if self.pool == "cls" else masked_mean(hidden[:, 1:], ids > 0))
         return embedding
 
-    def tokens(self, ids: Tensor) -> tuple[Tensor, Tokens]:
-        """The embedding, and the last layer: class token and words ``(batch, L, width)``, those of padding included."""
-        hidden = self._hidden(ids)
-        embedding = self.neck(hidden[:, 0] if self.pool == "cls" else masked_mean(hidden[:, 1:], ids > 0))
-        return embedding, Tokens(hidden[:, 0], hidden[:, 1:])
+    def embed_words(self, ids: Tensor) -> Tensor:
+        """Each word's own embedding ``(batch, L, embedding_dim)``, those of padding included."""
+        words: Tensor = self.neck(self._hidden(ids)[:, 1:])
+        return words
 
     def _hidden(self, ids: Tensor) -> Tensor:
         words = self.words(ids) + self.positions[:, : ids.shape[1]]
@@ -88,7 +89,6 @@ class WordVectors(nn.Module):
 
     def __init__(self, vocabulary: int, embedding_dim: int) -> None:
         super().__init__()
-        self.vocabulary = vocabulary
         self.words = nn.Embedding(vocabulary, embedding_dim)
         # As in word2vec.c.
         nn.init.uniform_(self.words.weight, -0.5 / embedding_dim, 0.5 / embedding_dim)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from armillary.evaluation.clustering import clustering
+from armillary.evaluation.cross_retrieval import cross_retrieval
 from armillary.evaluation.geometry import geometry
 from armillary.evaluation.inputs import checked_columns, checked_pairs, checked_samples, checked_templates
 from armillary.evaluation.neighbors import knn
@@ -68,6 +69,7 @@ _PROTOCOLS = {
         Protocol("clustering", _OPEN, clustering),
         Protocol("geometry", _EITHER, geometry),
         Protocol("quality_verification", _FITTED, quality_verification),
+        Protocol("cross_retrieval", _EITHER, cross_retrieval),
         Protocol("templates", _EITHER, judge_templates),
     )
 }

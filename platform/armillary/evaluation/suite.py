@@ -97,6 +97,7 @@ def judge(
 
     embeddings = extract(encoder, images.images, **options)
     train_embeddings = None if train is None else extract(encoder, train.images, **options)
+    columns = {**images.fields, **_embedded_captions(encoder, images, options)}
     pairs, templates, warnings = comparisons(tables, images.index.numpy())
     results = {
         name: protocols.evaluate(
@@ -105,7 +106,7 @@ def judge(
             images.label,
             train_embeddings=train_embeddings,
             train_labels=None if train is None else train.label,
-            columns=images.fields,
+            columns=columns,
             pairs=pairs,
             templates=templates,
             seed=seed,
@@ -115,6 +116,19 @@ def judge(
     return {
         name: replace(result, warnings=(*result.warnings, *warnings.get(name, ()))) for name, result in results.items()
     }
+
+
+def _embedded_captions(encoder: nn.Module, images: ImageSet, options: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The column ``caption_embedding (n, d)``, where the encoder has a tower for texts and the images have captions."""
+    from armillary.components.towers import TwoTowers
+    from armillary.data.ids import IdRows
+    from armillary.evaluation.extract import extract
+
+    if not isinstance(encoder, TwoTowers) or "caption" not in images.fields:
+        return {}
+    ids = images.fields["caption"]
+    rows = IdRows(ids, encoder.text_options["vocabulary"], (1, ids.shape[1]))
+    return {"caption_embedding": extract(encoder.text, rows, **{**options, "flip": False})}
 
 
 def comparisons(
