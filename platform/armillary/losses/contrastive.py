@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from armillary.losses.blocks import Block, against_batch, log_sum_exp_of_others
+from armillary.losses.blocks import Block, against_batch
 from armillary.losses.global_batch import first_column, global_mean, global_rows, global_sum
+from armillary.losses.slopes import empty_logit, exponentials_, with_slope
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
 
 
@@ -49,6 +50,35 @@ def masked_cross_entropy(
     return torch.where(valid, log_denominator - log_numerator, 0), valid
 
 
+def partner_cross_entropy(block: Block, scale: float) -> tuple[Tensor, Tensor]:
+    """:func:`masked_cross_entropy` (``out``) of a block, over all columns but the anchor itself, in few passes.
+
+    ::
+
+        -1/|P(i)| sum_{p in P(i)} log( exp(scale a_i.c_p) / sum_{j != i} exp(scale a_i.c_j) )
+
+    Its derivative by the logits, softmax minus targets, is formed before anything is summed with it: the two
+    nearly cancel near convergence.
+
+    Args:
+        block: anchors against columns; to be used inside :func:`armillary.losses.blocks.by_blocks`.
+        scale: turns inner products into logits.
+
+    Returns:
+        ``losses (rows,)``, 0 for an anchor without positives, and ``valid (rows,)`` bool.
+    """
+    logits, partners = (block.anchors * scale) @ block.columns.T, block.partners
+    with torch.no_grad():
+        matrix, count = logits.detach(), partners.taken.sum(1)
+        valid, share = count > 0, 1 / count.clamp_min(1).to(logits.dtype)
+        own = partners.of(matrix, 0.0).sum(1) * share
+        matrix.diagonal(block.first).fill_(empty_logit(matrix.dtype))
+        values, factor = exponentials_(matrix)
+        matrix.scatter_add_(1, partners.columns, partners.taken * -(share / factor)[:, None])
+        losses = torch.where(valid, values - own, 0)
+    return with_slope(logits, losses, matrix, torch.where(valid, factor, 0)), valid
+
+
 class _ColumnLoss(nn.Module):
     """Base: cosines of local anchors with global columns, positives by equal key, mean over anchors that have one."""
 
@@ -67,61 +97,50 @@ class _ColumnLoss(nn.Module):
     def contrast(self, embeddings: Tensor, keys: Tensor, metrics: dict[str, Tensor] | None) -> Tensor:
         """The loss of ``embeddings (rows, dim)`` where rows with equal ``keys (rows,)`` are positives of each other."""
         anchors = normalize(embeddings)
-        groups = Groups.of(anchors, keys, self.gather)
-        valid = groups.partners > 0
-        losses = (self._out if self.mode == "out" else self._in)(anchors, keys, groups, valid)
+        eager = self.reduction == "mean"
+        losses, valid = against_batch(self._out if self.mode == "out" else self._in, anchors, keys, self.gather, eager)
         if metrics is not None:
-            metrics.update(self._metrics(anchors.detach(), groups))
+            metrics.update(self._metrics(anchors.detach(), keys))
         guard = not_a_number_guard(embeddings)
         if self.reduction == "none":
             return losses + guard
         return global_mean(losses.sum(), valid.sum(), self.gather) + guard
 
-    def _out(self, anchors: Tensor, keys: Tensor, groups: Groups, valid: Tensor) -> Tensor:
-        """The denominators block by block; the numerators from the sums of each group's vectors."""
+    def _out(self, block: Block) -> tuple[Tensor, ...]:
+        return partner_cross_entropy(block, 1 / self.temperature)
 
-        def log_denominator(block: Block) -> tuple[Tensor, ...]:
-            return (torch.where(valid[block.rows], log_sum_exp_of_others(block, 1 / self.temperature), 0),)
+    def _in(self, block: Block) -> tuple[Tensor, ...]:
+        logits = block.anchors @ block.columns.T / self.temperature
+        return masked_cross_entropy(logits, block.positive, block.others, "in")
 
-        (denominator,) = against_batch(log_denominator, anchors, keys, self.gather, eager=self.reduction == "mean")
-        counts = groups.partners.clamp_min(1).to(anchors.dtype)
-        positives = (anchors * (groups.sums - anchors)).sum(1) / (self.temperature * counts)
-        return denominator - torch.where(valid, positives, 0)
-
-    def _in(self, anchors: Tensor, keys: Tensor, groups: Groups, valid: Tensor) -> Tensor:
-        def masked(block: Block) -> tuple[Tensor, ...]:
-            logits = block.anchors @ block.columns.T / self.temperature
-            return (masked_cross_entropy(logits, block.positive, block.others, "in")[0],)
-
-        return against_batch(masked, anchors, keys, self.gather, eager=self.reduction == "mean")[0]
-
-    def _metrics(self, anchors: Tensor, groups: Groups) -> dict[str, Tensor]:
+    def _metrics(self, anchors: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """Sums of cosines over pairs from sums of vectors: ``sum_{j in J} a.z_j = a.(sum_{j in J} z_j)``."""
+        groups = Groups.of(anchors, keys, self.gather)
         rows, partners = anchors.new_tensor(len(anchors)), groups.partners.sum().to(anchors.dtype)
-        itself, of_same = anchors.square().sum(), (anchors * groups.sums.detach()).sum()
-        of_all = (anchors @ groups.total.detach()).sum()
+        of_same = (anchors * groups.sums).sum()
+        of_others = (anchors * groups.others).sum()
         return {
             "anchors": global_sum((groups.partners > 0).sum(), self.gather).to(anchors.dtype),
             "positives_per_anchor": global_mean(partners, rows, self.gather),
-            "positive_cosine": global_mean(of_same - itself, partners, self.gather),
-            "negative_cosine": global_mean(of_all - of_same, rows * groups.samples - rows - partners, self.gather),
+            "positive_cosine": global_mean(of_same, partners, self.gather),
+            "negative_cosine": global_mean(of_others, rows * (groups.samples - 1) - partners, self.gather),
         }
 
 
 @dataclass(frozen=True)
 class Groups:
-    """What an anchor's group, the samples of all workers with its key, adds up to.
+    """Sums over an anchor's group, the samples of all workers with its key, and over all others.
 
     Args:
-        sums: of the group's vectors, ``(anchors, dim)``, the anchor's own among them, with gradient.
-        partners: its samples beside the anchor, ``(anchors,)``.
-        total: sum of all vectors, ``(dim,)``.
+        sums: of the group's vectors without the anchor's own, ``(anchors, dim)``.
+        partners: how many these are, ``(anchors,)``.
+        others: sums of all other groups' vectors, ``(anchors, dim)``.
         samples: number of all samples.
     """
 
     sums: Tensor
     partners: Tensor
-    total: Tensor
+    others: Tensor
     samples: int
 
     @classmethod
@@ -130,8 +149,11 @@ class Groups:
         columns, column_keys = global_rows(anchors, gather), global_rows(keys, gather)
         _, number = column_keys.unique(return_inverse=True)
         own = number[first_column(len(keys), gather) :][: len(keys)]
-        sums = columns.new_zeros(len(column_keys), columns.shape[1]).index_add(0, number, columns)
-        return cls(sums[own], number.bincount()[own] - 1, columns.sum(0), len(columns))
+        # Of a sum from which the anchor is taken away again float32 would keep the rounding error.
+        exact = columns.double()
+        sums = torch.zeros_like(exact).index_add(0, number, exact)[own]
+        partners, others = (sums - anchors.double()).to(anchors.dtype), (exact.sum(0) - sums).to(anchors.dtype)
+        return cls(partners, number.bincount()[own] - 1, others, len(columns))
 
 
 class SupCon(_ColumnLoss):
