@@ -10,7 +10,7 @@ from armillary.cli.console import page, print_json, print_note, print_table, tab
 from armillary.spec.errors import UserError
 
 if TYPE_CHECKING:
-    from armillary.spec.jobs import StudyJob, TrainJob
+    from armillary.spec.jobs import ChainJob, StudyJob, TrainJob
     from armillary.training.rundir import RunRecord
 
 app = typer.Typer(help="Train a job.", add_completion=False)
@@ -30,7 +30,7 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Runs a job: trains it, sweeps it, or works through a study, as its kind says.
+    """Runs a job: trains it, sweeps it, or works through a study or a chain, as its kind says.
 
     With --resume no job file is named: the run's own is used, and overrides such as train.workers=2 apply to it.
     """
@@ -51,6 +51,8 @@ def run(
             run_and_print(loaded, None, as_json)
         case "study":
             _study(loaded, as_json)
+        case "chain":
+            _chain(loaded, as_json)
         case _:
             command = {"regression": "armillary regress run", "evaluate": "armillary evaluate"}[loaded.kind]
             raise UserError(f"{job} is a job of kind {loaded.kind!r}", hint=f"{command} {job}")
@@ -118,3 +120,24 @@ def _study(job: StudyJob, as_json: bool) -> None:
     for sentence in answers(job, board):
         console.print(sentence, markup=False)
     print_note(f"report: {report}")
+
+
+def _chain(job: ChainJob, as_json: bool) -> None:
+    from armillary.cli.progress import progress
+    from armillary.spec.loading import apply_overrides
+    from armillary.sweeps.chains import run_chain
+
+    def started(step: str, run: Any) -> None:
+        print_note(f"step {step}: run {run.run_id}")
+
+    with progress(job.name, [apply_overrides(job.base, step.set) for step in job.steps]) as bar:
+        records = run_chain(job, on_start=started, on_epoch=bar.report)
+    if as_json:
+        print_json({name: record.model_dump() for name, record in records.items()})
+        return
+    names = list(dict.fromkeys(name for record in records.values() for name in record.metrics if "train/" not in name))
+    rows = [
+        (step, *(f"{record.metrics[name]:.4f}" if name in record.metrics else "-" for name in names), record.run_id)
+        for step, record in records.items()
+    ]
+    print_table(table(("step", *((name, "right") for name in names), "run"), rows, title=job.name))

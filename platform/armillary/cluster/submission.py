@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CLUSTER_HOME = "~/.armillary"
 # What each kind of job is run with; the same words a user would type.
-COMMANDS = {"train": "run", "sweep": "run", "study": "run", "regression": "regress run"}
+COMMANDS = {"train": "run", "sweep": "run", "study": "run", "chain": "run", "regression": "regress run"}
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60.0
 # Not much longer than Ctrl-C takes: a driver that ignores it is killed then.

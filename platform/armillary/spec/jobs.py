@@ -1,4 +1,4 @@
-"""What a user writes: the five kinds of job, typed, with every default visible.
+"""What a user writes: the six kinds of job, typed, with every default visible.
 
 Models are frozen and refuse unknown keys. Names that other layers own (objectives, backbones, datasets, protocols,
 view recipes) are plain strings here; ``armillary.training.preflight`` checks them before anything starts.
@@ -14,6 +14,8 @@ from armillary.spec.section import OpenSection, Section
 
 __all__ = [
     "BackboneSpec",
+    "ChainJob",
+    "ChainStep",
     "ClusterSpec",
     "DataSpec",
     "EvaluateJob",
@@ -63,7 +65,7 @@ class DataSpec(Section):
         1.0,
         gt=0,
         le=1,
-        description="share of each training class whose labels are known, at least one image; only those are trained on",
+        description="share of each training class whose labels are known, at least one image; others are not used",
     )
     load: Literal["auto", "memory", "stream"] = Field(
         "auto",
@@ -243,6 +245,28 @@ class StudyJob(Section):
     )
 
 
+class ChainStep(Section):
+    """One run of a chain: a name and what it changes in the base job.
+
+    The value ``step:NAME`` stands for the run of an earlier step, e.g. ``train.init_from: step:pretrain``.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    set: dict[str, Any] = Field(default_factory=dict, description="dotted overrides of the base job")
+
+
+class ChainJob(Section):
+    """Runs one after the other, each of which may begin with what an earlier one has left."""
+
+    kind: Literal["chain"]
+    name: str = Field("chain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    base: TrainJob = Field(description="a train job, or the path of one relative to this file")
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="dotted overrides of the base job; loading applies them and empties this"
+    )
+    steps: tuple[ChainStep, ...] = Field(min_length=1)
+
+
 class EvaluateJob(Section):
     """Judge a finished run again, or embeddings made elsewhere."""
 
@@ -289,7 +313,7 @@ class RegressionJob(Section):
     owner: str = ""
 
 
-Job = Annotated[TrainJob | SweepJob | StudyJob | EvaluateJob | RegressionJob, Field(discriminator="kind")]
+Job = Annotated[TrainJob | SweepJob | StudyJob | ChainJob | EvaluateJob | RegressionJob, Field(discriminator="kind")]
 
 
 class Kinds:
@@ -299,6 +323,7 @@ class Kinds:
         "train": TrainJob,
         "sweep": SweepJob,
         "study": StudyJob,
+        "chain": ChainJob,
         "evaluate": EvaluateJob,
         "regression": RegressionJob,
     }

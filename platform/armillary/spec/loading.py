@@ -18,7 +18,7 @@ from armillary.spec.document import Document, KeyPath
 from armillary.spec.errors import UserError, unknown_name
 from armillary.spec.files import find
 from armillary.spec.invalid import show
-from armillary.spec.jobs import Job, Kinds, RegressionJob, StudyJob, SweepJob, TrainJob
+from armillary.spec.jobs import ChainJob, Job, Kinds, RegressionJob, StudyJob, SweepJob, TrainJob
 from armillary.spec.overrides import apply_overrides, located, names_a_section, set_value, split_key, validate, value_at
 from armillary.spec.section import Section, as_tree
 from armillary.spec.spaces import check_space, read_space
@@ -26,6 +26,8 @@ from armillary.spec.spaces import check_space, read_space
 __all__ = ["apply_overrides", "config_digest", "digest", "dump_job", "load_job", "located"]
 
 COMMAND_LINE = "command line"
+# Begins a value that stands for the run of an earlier step of a chain.
+STEP = "step:"
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = (), *, kind: str | None = None) -> Job:
@@ -134,7 +136,7 @@ def _assemble(path: Path, changes: Sequence[tuple[str, Any]], chain: tuple[Path,
         _read_in(document, slot, path, (*chain, path.resolve()))
     if document.values.get("kind") == "sweep":
         _read_space(document, path)
-    if document.values.get("kind") in ("sweep", "study"):
+    if document.values.get("kind") in ("sweep", "study", "chain"):
         _set_in_base(document)
     return document
 
@@ -143,7 +145,7 @@ def _job_slots(values: dict[str, Any]) -> list[KeyPath]:
     jobs = values.get("jobs")
     entries = jobs if values.get("kind") == "regression" and isinstance(jobs, list) else []
     slots: list[KeyPath] = [("jobs", i, "job") for i, entry in enumerate(entries) if isinstance(entry, dict)]
-    return slots + ([("base",)] if values.get("kind") in ("sweep", "study") else [])
+    return slots + ([("base",)] if values.get("kind") in ("sweep", "study", "chain") else [])
 
 
 def _read_in(document: Document, slot: KeyPath, owner: Path, chain: tuple[Path, ...]) -> None:
@@ -200,9 +202,27 @@ def _check_parts(job: Section, document: Document) -> None:
             if name not in names:
                 path: KeyPath = ("compare", index)
                 raise unknown_name("variant", name, names, where=document.place(path), key=f"compare.{index}")
+    elif isinstance(job, ChainJob):
+        _check_steps(job, document)
     elif isinstance(job, RegressionJob):
         for index, entry in enumerate(job.jobs):
             _check_set(entry.job, entry.set, document, ("jobs", index, "set"))
+
+
+def _check_steps(job: ChainJob, document: Document) -> None:
+    names: list[str] = []
+    for index, step in enumerate(job.steps):
+        if step.name in names:
+            path: KeyPath = ("steps", index, "name")
+            raise UserError(
+                f"a second step is named {step.name!r}", where=document.place(path), allowed="each name once"
+            )
+        for key, value in step.set.items():
+            if isinstance(value, str) and value.startswith(STEP) and value.removeprefix(STEP) not in names:
+                where = document.place(("steps", index, "set", key))
+                raise unknown_name("earlier step", value.removeprefix(STEP), names, where=where, key=key)
+        _check_set(job.base, step.set, document, ("steps", index, "set"))
+        names.append(step.name)
 
 
 def _check_set(job: TrainJob, changes: Mapping[str, Any], document: Document, path: KeyPath) -> None:
