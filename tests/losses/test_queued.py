@@ -60,6 +60,8 @@ def test_broadface_terms_reach_apart() -> None:
             torch.testing.assert_close(value, 2 * expected)
             torch.testing.assert_close(loss.weight.grad, arcface.weight.grad)
         else:
+            assert loss.weight.grad is not None
+            assert arcface.weight.grad is not None
             assert not torch.allclose(loss.weight.grad, arcface.weight.grad)
         torch.testing.assert_close(loss.snapshot, WEIGHT[LABELS])
 

@@ -48,7 +48,7 @@ class AdaFaceObjective(ClassHeadObjective):
         "gradcheck[adaface-formulation=survey]": "lengths have no gradient",
     }
     loss_class = AdaFace
-    convergence = Convergence(job={"objective.scale": 16, "objective.margin": 0.2})
+    convergence = Convergence(margin=0.14, job={"objective.scale": 16, "objective.margin": 0.2})
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of :class:`armillary.losses.sample_margins.AdaFace`."""
@@ -106,7 +106,7 @@ class MagFaceObjective(ClassHeadObjective):
     )
     loss_class = MagFace
     Hyperparameters = MagFaceHyperparameters
-    convergence = Convergence(job=_SMALL_LENGTHS)
+    convergence = Convergence(margin=0.14, job=_SMALL_LENGTHS)
 
 
 @register
@@ -129,7 +129,7 @@ class QMagFaceObjective(ClassHeadObjective):
         "WACV",
         "https://arxiv.org/abs/2111.13475",
     )
-    convergence = Convergence(metric="quality_verification/auc", job=_SMALL_LENGTHS)
+    convergence = Convergence(margin=0.14, metric="quality_verification/auc", job=_SMALL_LENGTHS)
 
     class Hyperparameters(MagFaceHyperparameters):
         """MagFace's, and the survey's."""
@@ -185,7 +185,7 @@ class FairLoss(ClassHeadObjective):
         "https://doi.org/10.1109/ICCV.2019.01015",
     )
     needs = Needs(recipe="faces", fields=("label",), components=("class_head", "margin_policy"))
-    convergence = Convergence(job={"objective.scale": 16, "objective.lowest": 0.05})
+    convergence = Convergence(margin=0.14, job={"objective.scale": 16, "objective.lowest": 0.05})
 
     count_bin: Tensor
     level: Tensor

@@ -55,7 +55,8 @@ class SetDDC(ClassHeadObjective):
         batch_coupled=True,
     )
     convergence = Convergence(
-        job={"train.batch_size": 48, "objective.recluster": 3, "objective.subclusters": 1, "optimizer.lr": 2e-3}
+        margin=0.15,
+        job={"train.batch_size": 48, "objective.recluster": 3, "objective.subclusters": 1, "optimizer.lr": 2e-3},
     )
 
     centers: Tensor

@@ -76,7 +76,9 @@ class SphericalConfidenceObjective(ClassHeadObjective):
     waivers: ClassVar[Mapping[str, str]] = {
         "gradcheck": "the branch's loss, and the survey's probability, give encoder and head no gradient"
     }
-    convergence = Convergence(job={"objective.scale": 16, "objective.margin": 0.3, "objective.frozen_share": 0.25})
+    convergence = Convergence(
+        margin=0.14, job={"objective.scale": 16, "objective.margin": 0.3, "objective.frozen_share": 0.25}
+    )
 
     class Hyperparameters(base.Hyperparameters):
         """ArcFace's, the sphere's, and the share of the second stage."""
