@@ -53,8 +53,8 @@ class CLAE(ProjectedViewsObjective):
         "in it exceeds 1e-5 (in float64 the workers agree to 1e-8)",
     }
     convergence = Convergence(
-        margin=0.05,
-        job={"objective.projection_dim": 64, "objective.projection_hidden": 256, "train.epochs": 9},
+        margin=0.03,
+        job={"objective.projection_dim": 64, "objective.projection_hidden": 256},
     )
 
     class Hyperparameters(ProjectionHyperparameters):
@@ -83,7 +83,8 @@ class CLAE(ProjectedViewsObjective):
         with torch.enable_grad():
             projections = self.project((changed,))
             (gradient,) = torch.autograd.grad(self.loss(projections.detach(), projections), changed)
-        return changed.detach() + self.hyperparameters.epsilon * gradient.sign()
+        attacked: Tensor = changed.detach() + self.hyperparameters.epsilon * gradient.sign()
+        return attacked
 
     def _adversarial(self, images: Tensor, projections: Tensor) -> Tensor:
         hard = self.attacked(images)

@@ -58,7 +58,7 @@ class SimCLR(ProjectedViewsObjective):
         "ICML",
         "https://arxiv.org/abs/2002.05709",
     )
-    convergence = Convergence(margin=0.07, job=_SMALL)
+    convergence = Convergence(margin=0.06, job=_SMALL)
 
     class Hyperparameters(ProjectionHyperparameters):
         """Temperature of the loss, shape of the projector."""
@@ -98,7 +98,7 @@ class SimCLRv2(ProjectedViewsObjective):
     )
     needs = replace(ProjectedViewsObjective.needs, components=("projector", "teacher", "queue"))
     waivers = _ROUNDING
-    convergence = Convergence(margin=0.07, job=_SMALL)
+    convergence = Convergence(margin=0.06, job=_SMALL)
 
     class Hyperparameters(ProjectionHyperparameters):
         """SimCLR's, one layer deeper, and the memory."""
@@ -157,7 +157,7 @@ class DCL(ProjectedViewsObjective):
         "gradcheck[dcl-weighted=True]": "no gradient passes through the weights",
         **_ROUNDING,
     }
-    convergence = Convergence(margin=0.06, job={**_SMALL, "objective.temperature": 0.2})
+    convergence = Convergence(margin=0.04, job={**_SMALL, "objective.temperature": 0.2})
 
     class Hyperparameters(ProjectionHyperparameters):
         """Arguments of the loss, shape of the projector."""
@@ -199,7 +199,7 @@ class InvaSpread(Objective):
         "https://arxiv.org/abs/1904.03436",
     )
     needs = Needs(views=2, recipe="moco_v1", components=("projector",), batch_coupled=True)
-    convergence = Convergence(margin=0.09)
+    convergence = Convergence(margin=0.07)
 
     class Hyperparameters(base.Hyperparameters):
         """Arguments of the loss, width of the linear head."""
@@ -243,7 +243,7 @@ class SupportSetBottleneck(ProjectedViewsObjective):
     needs = replace(ProjectedViewsObjective.needs, components=("projector", "predictor"))
     waivers: ClassVar[Mapping[str, str]] = {"gradcheck": "what is predicted is a constant"}
     convergence = Convergence(
-        margin=0.06, job={**_SMALL, "objective.temperature": 0.2, "objective.support_weight": 1.0}
+        margin=0.03, job={**_SMALL, "objective.temperature": 0.2, "objective.support_weight": 1.0}
     )
 
     class Hyperparameters(ProjectionHyperparameters):

@@ -80,7 +80,7 @@ class InstaDisc(BankObjective):
         "gradcheck[instadisc]": "the first batch's normaliser is a constant, and finite differences move it"
     }
     convergence = Convergence(
-        margin=0.08,
+        margin=0.07,
         job={
             "objective.estimator": "softmax",
             "objective.temperature": 0.1,
@@ -122,7 +122,7 @@ class InstaDisc(BankObjective):
         self.bank.hold(self.step, index, vectors)
         positive = (vectors * own).sum(1)
         metrics["own_cosine"] = positive.detach().mean()
-        proximal = options.proximal * (vectors - own).square().sum(1).mean()
+        proximal: Tensor = options.proximal * (vectors - own).square().sum(1).mean()
         if options.estimator == "softmax":
             found: Tensor = self.loss(vectors, rows, index, self.counted())
         else:
@@ -166,7 +166,7 @@ class PIRL(BankObjective):
         "move it"
     }
     convergence = Convergence(
-        margin=0.05,
+        margin=0.04,
         job={
             "backbone.pool": "mean",
             "objective.bank_samples": 256,
@@ -218,7 +218,8 @@ class PIRL(BankObjective):
             terms.append(loss((vectors * own).sum(1), cosines_at(vectors, self.bank.rows, drawn)))
         self.bank.hold(self.step, index, normalize(widen(image)))
         metrics.update(jigsaw=terms[0].detach(), image=terms[1].detach())
-        return options.jigsaw_weight * terms[0] + (1 - options.jigsaw_weight) * terms[1]
+        loss_of_both: Tensor = options.jigsaw_weight * terms[0] + (1 - options.jigsaw_weight) * terms[1]
+        return loss_of_both
 
     def after_step(self, step: int) -> None:
         """Mixes the images' vectors into their rows; the first step's normalisers stay."""
@@ -230,5 +231,5 @@ class PIRL(BankObjective):
 
 def cut_tiles(puzzle: Tensor, tiles: int) -> Tensor:
     """A puzzle ``(B, C, tiles * h, tiles * w)`` as its tiles ``(B * tiles ** 2, C, h, w)``, an image's in rows."""
-    cut = puzzle.unflatten(2, (tiles, -1)).unflatten(4, (tiles, -1))
+    cut: Tensor = puzzle.unflatten(2, (tiles, -1)).unflatten(4, (tiles, -1))  # type: ignore[no-untyped-call]
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)

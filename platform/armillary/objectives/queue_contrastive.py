@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -92,7 +93,7 @@ class MoCoV1(MomentumQueueObjective):
         "https://arxiv.org/abs/1911.05722",
     )
     needs = Needs(views=2, recipe="moco_v1", components=("projector", "teacher", "queue"))
-    convergence = Convergence(margin=0.04, job={**_SMALL, "objective.temperature": 0.1})
+    convergence = Convergence(margin=0.03, job={**_SMALL, "objective.temperature": 0.1})
 
     class Hyperparameters(QueueHyperparameters):
         """Temperature, queue, momentum, width of the linear head."""
@@ -122,7 +123,7 @@ class MoCoV2(MomentumQueueObjective):
         "https://arxiv.org/abs/2003.04297",
     )
     needs = Needs(views=2, recipe="moco_v2", components=("projector", "teacher", "queue"))
-    convergence = Convergence(margin=0.07, job={**_SMALL, "objective.projection_hidden": 256, "views.blur": 0.0})
+    convergence = Convergence(margin=0.03, job={**_SMALL, "objective.projection_hidden": 256, "views.blur": 0.0})
 
     class Hyperparameters(QueueHyperparameters):
         """Temperature, queue, momentum, shape of the perceptron."""
@@ -168,13 +169,12 @@ class MoCoV3(Objective):
         "in it exceeds 1e-5 (in float64 the workers agree to 1e-8)",
     }
     convergence = Convergence(
-        margin=0.04,
+        margin=0.03,
         job={
             "objective.projection_dim": 128,
             "objective.projection_hidden": 256,
             "objective.projection_layers": 2,
             "views.blur": 0.0,
-            "train.epochs": 9,
         },
     )
 
@@ -197,9 +197,10 @@ class MoCoV3(Objective):
         patches = getattr(getattr(self.encoder, "body", None), "patch_embed", None)
         if options.freeze_patches and isinstance(patches, nn.Module):
             patches.requires_grad_(False)
-        shape = {"norm": True, "last_norm": True, "last_scale": False}
-        self.projector = Projector(context.embedding_dim, hidden, width, options.projection_layers, **shape)
-        self.predictor = Projector(width, hidden, width, options.predictor_layers, **shape)
+        # Batch norm behind every layer, the last without a scale.
+        head = partial(Projector, last_norm=True, last_scale=False)
+        self.projector = head(context.embedding_dim, hidden, width, options.projection_layers)
+        self.predictor = head(width, hidden, width, options.predictor_layers)
         steps = context.epochs * context.steps_per_epoch
         self.teacher = Teacher(
             self, ("encoder", "projector"), Schedule(options.momentum, options.momentum_end, steps, "cosine")
