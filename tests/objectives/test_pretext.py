@@ -69,7 +69,7 @@ class Corner(nn.Module):
 @pytest.mark.parametrize(("options", "views"), [({}, 4), ({"rotations": 2}, 3), ({"all_copies": False}, 1)])
 def test_labels_are_the_turns(options: dict[str, Any], views: int) -> None:
     """Images whose one bright corner tells the turn: a classifier that reads it is always right."""
-    rotation = tiny.build(get("rotation"), options, encoder=Corner())
+    rotation: Any = tiny.build(get("rotation"), options, encoder=Corner())
     needs = rotation.needs_for(rotation.hyperparameters)
     assert needs.views == views
     bright = torch.zeros(8, 1, 6, 6, dtype=torch.uint8)

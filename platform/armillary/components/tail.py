@@ -1,4 +1,7 @@
-"""Layers behind an encoder that were the first ones of a projector: where SimCLR v2 starts its fine-tuning."""
+"""Layers behind an encoder that were the first ones of a projector: where SimCLR v2 starts its fine-tuning.
+
+Catalog: simclr_v2_finetune. A job with ``train.init_from`` and ``backbone.tail`` is that procedure.
+"""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class _Reverse(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         return -grad
 
 
@@ -147,6 +147,6 @@ class PriorMatching(nn.Module):
     @float32_math
     def forward(self, vectors: Tensor, prior: Tensor) -> Tensor:
         """The discriminator's loss on ``vectors`` y and samples ``prior`` v, both ``(batch, dim)``."""
-        reversed_vectors: Tensor = _Reverse.apply(vectors)  # type: ignore[no-untyped-call]
+        reversed_vectors: Tensor = _Reverse.apply(vectors)
         told = self.discriminator(reversed_vectors)
         return F.softplus(-self.discriminator(prior)).mean() + F.softplus(told).mean()

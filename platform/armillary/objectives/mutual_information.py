@@ -327,7 +327,7 @@ class AMDIM(Objective):
         encoder = map_encoder(self.encoder)
         stages = encoder.stages(view)
         f1, f5, f7 = encoder.embed_map(stages[-1]), stages[-1], stages[max(-2, -len(stages))]
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             widen(embed(item)) for embed, item in zip(self.embeddings, (f1, places_of(f5), places_of(f7)), strict=True)
         )
 

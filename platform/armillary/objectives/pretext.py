@@ -166,7 +166,8 @@ class Jigsaw(Objective):
         tiles = cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
         mean = tiles.mean(dim=(1, 2, 3), keepdim=True)
         variance = (tiles - mean).square().mean(dim=(1, 2, 3), keepdim=True)
-        return 0.5 + 0.25 * (tiles - mean) / (variance + _EPS).sqrt()
+        standard: Tensor = (tiles - mean) / (variance + _EPS).sqrt()
+        return 0.5 + 0.25 * standard
 
 
 @register
