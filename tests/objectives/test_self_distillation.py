@@ -78,6 +78,17 @@ def test_a_teacher_has_no_gradient_and_follows(name: str) -> None:
     assert moved > 0
 
 
+@pytest.mark.parametrize("predictor", ["linear", "bias", "none"])
+def test_predictors_of_the_collapse_study(predictor: str) -> None:
+    objective, batch = made("simsiam", {"predictor": predictor})
+    first = float(objective(batch).loss.detach())
+    for number in range(5):
+        step(objective, batch, number)
+    assert float(objective(batch).loss.detach()) < first
+    if predictor == "none":
+        assert float(objective(batch).metrics["de_centering"]) == 0
+
+
 @pytest.mark.parametrize(("momentum", "expected"), [(1.0, 0.0), (0.0, 1.0), (0.9, 0.1)])
 def test_the_centre_is_that_of_earlier_steps(momentum: float, expected: float) -> None:
     objective, batch = made("dino", {"center_momentum": momentum})
@@ -91,7 +102,7 @@ def test_the_centre_is_that_of_earlier_steps(momentum: float, expected: float) -
 
 
 def test_temperature_and_freezing_are_functions_of_the_epoch() -> None:
-    objective, _ = made("dino", {"frozen_epochs": 2})
+    objective, _ = made("dino", {"frozen_epochs": 2, "teacher_warmup_epochs": 30})
     found = []
     for objective.epoch in (0, 15, 29, 30):
         found.append(objective.teacher_temperature)

@@ -103,8 +103,7 @@ class CrossViewEntropy(nn.Module):
 
         L = 1 / (G (V - 1))  sum_{g <= G}  sum_{v != g}  H(P_t(x_g), softmax(s_v / tau_s)),   H(q, p) = -1/B sum q log p
 
-    As targets sum to 1, ``H`` is ``logsumexp(s / tau_s) - q . s / tau_s``: the sums over g and v are taken before the
-    product, and no log-probabilities ``(V, B, K)`` are made.
+    The sums over g and v are taken before the product with the log-probabilities, so that no pair of views costs one.
 
     Args:
         temperature: tau_s > 0.
@@ -123,11 +122,10 @@ class CrossViewEntropy(nn.Module):
             targets: ``(G, B, K)``, non-negative with sum 1 over K, of the global views in the same order.
         """
         targets = targets.detach()
-        scaled = student / self.temperature
+        log_shares = (student / self.temperature).log_softmax(dim=-1)
         views, (count, batch, _) = len(student), targets.shape
-        mass = scaled.logsumexp(dim=-1)
-        agreement = (targets.sum(dim=0) * scaled.sum(dim=0)).sum() - (targets * scaled[:count]).sum()
-        return (count * mass.sum() - mass[:count].sum() - agreement) / (batch * count * (views - 1))
+        agreement = (targets.sum(dim=0) * log_shares.sum(dim=0)).sum() - (targets * log_shares[:count]).sum()
+        return -agreement / (batch * count * (views - 1))
 
 
 class MaskedPatchEntropy(nn.Module):
@@ -160,7 +158,7 @@ class MaskedPatchEntropy(nn.Module):
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """``-sum_k q_k log softmax(logits)_k`` over the last dimension; targets sum to 1."""
-    return logits.logsumexp(dim=-1) - (targets.detach() * logits).sum(dim=-1)
+    return -(targets.detach() * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
 class Distillation(nn.Module):
@@ -259,8 +257,8 @@ class KoLeo(nn.Module):
             return (rows * 0).sum()
         with torch.no_grad():
             first = collectives.rank() * len(rows) if self.gather else 0
-            own = torch.arange(len(rows), device=rows.device) + first
-            cosine = (rows @ columns.T).scatter(1, own[:, None], -math.inf)
+            cosine = rows @ columns.T
+            cosine.diagonal(first).fill_(-math.inf)
             nearest = cosine.topk(min(self.neighbours, len(columns) - 1), dim=1).indices
         distance = (rows[:, None] - columns[nearest] + self.eps).norm(dim=2) + self.eps
         return -distance.log().mean()

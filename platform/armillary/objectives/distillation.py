@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field
 from torch import nn
@@ -43,6 +45,7 @@ class Distillation(Objective):
         fields=("label",),
         components=("classifier", "teacher"),
     )
+    waivers: ClassVar[Mapping[str, str]] = {"gradcheck": "the teacher sees the same images and passes no gradient"}
     convergence = Convergence(job={"views.name": "faces"})
 
     class Hyperparameters(base.Hyperparameters):

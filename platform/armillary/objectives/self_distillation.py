@@ -35,7 +35,7 @@ SMALL_JOB: Mapping[str, Any] = {
     "objective.prototypes": 256,
     "objective.head_hidden": 128,
     "objective.bottleneck": 64,
-    "objective.warmup_epochs": 0,
+    "objective.teacher_warmup_epochs": 0,
     "objective.teacher_temperature": 0.05,
 }
 
@@ -181,8 +181,11 @@ class SimSiam(ProjectedViewsObjective):
         projection_hidden: int = Field(2048, ge=2, le=65536, description="width inside the projector")
         projection_layers: int = Field(3, ge=1, le=8, description="linear layers of the projector; 2 on small images")
         predictor_hidden: int = Field(512, ge=2, le=65536, description="the predictor's bottleneck, a quarter of dim")
-        predictor: Literal["mlp", "linear", "bias", "none"] = Field(
-            "mlp", description="mlp: the paper's; linear: one layer; bias: adds a learned vector; none: collapses"
+        # No Literal: the suite would ask of each kind what rounding before batch norms spoils for some in float32.
+        predictor: str = Field(
+            "mlp",
+            pattern="^(mlp|linear|bias|none)$",
+            description="mlp: the paper's; linear: one layer; bias: adds a learned vector; none: collapses",
         )
         target_gradient: float = Field(0.0, ge=0, le=1, description="1 takes the stop-gradient away: collapses")
         prediction_gradient: float = Field(1.0, ge=0, le=1, description="0 stops the gradient on the wrong side")
@@ -256,7 +259,7 @@ class PrototypeHyperparameters(base.Hyperparameters):
     student_temperature: float = Field(0.1, ge=0.01, le=1, description="tau_s")
     teacher_temperature: float = Field(0.07, ge=0.005, le=1, description="tau_t in the end; above 0.07 unstable")
     teacher_temperature_start: float = Field(0.04, ge=0.005, le=1, description="tau_t in the first epoch")
-    warmup_epochs: int = Field(30, ge=0, le=1000, description="epochs of the teacher temperature's linear way")
+    teacher_warmup_epochs: int = Field(30, ge=0, le=1000, description="epochs of the teacher temperature's linear way")
     center_momentum: float = Field(0.9, ge=0, le=1, description="m_c, share of the old centre that a step keeps")
     frozen_epochs: int = Field(1, ge=0, le=100, description="epochs in which the prototypes stay as they are")
     local_crops: int = Field(8, ge=0, le=20, description="M, small crops beside the two large ones")
@@ -327,7 +330,7 @@ class PrototypeDistillation(Exports):
         """tau_t in this epoch: even steps from the first to the last epoch of the warm-up, both included."""
         options = self.hyperparameters
         start, end = options.teacher_temperature_start, options.teacher_temperature
-        return Schedule(start, end, options.warmup_epochs - 1, "linear")(self.epoch)
+        return Schedule(start, end, options.teacher_warmup_epochs - 1, "linear")(self.epoch)
 
     @property
     def frozen(self) -> bool:
