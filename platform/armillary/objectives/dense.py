@@ -363,6 +363,9 @@ class DINOv3Gram(BalancedDistillation):
         gram = torch.zeros_like(output.loss)
         if self.step >= self.hyperparameters.start_step:
             gram = self.gram_loss(seen.tokens.patches, self.anchor(torch.cat(batch.views[:2])))
+            if self.hyperparameters.formulation == "survey":
+                # Matrices that are means over patches: the survey's sums grow with their number until nothing trains.
+                gram = gram / seen.masked.shape[1] ** 2
         return Output(output.loss + self.hyperparameters.gram_weight * gram, {**output.metrics, "gram": gram.detach()})
 
     @torch.no_grad()

@@ -385,7 +385,7 @@ class DINO(PrototypeDistillation):
     needs = Needs(
         views=10, recipe="multicrop", recipe_options={"local_crops": 8}, components=("projector", "teacher", "center")
     )
-    convergence = Convergence(job=SMALL_JOB)
+    convergence = Convergence(job={**SMALL_JOB, "backbone.pool": "mean"})
 
     class Hyperparameters(PrototypeHyperparameters):
         """DINO's are those of its frame."""
