@@ -23,7 +23,7 @@ from armillary.losses.tensors import widen
 from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output
 from armillary.objectives.registry import register
 from armillary.objectives.self_distillation import (
-    SMALL_JOB,
+    SMALL_TOKENS_JOB,
     PrototypeDistillation,
     PrototypeHyperparameters,
     target_entropy,
@@ -213,7 +213,7 @@ class IBOT(PatchDistillation):
         "https://arxiv.org/abs/2111.07832",
     )
     needs = with_local_crops(_TOKENS, 10)
-    convergence = Convergence(job=SMALL_JOB)
+    convergence = Convergence(job=SMALL_TOKENS_JOB)
 
     class Hyperparameters(PatchHyperparameters):
         """iBOT has fewer prototypes and more small crops than DINO."""
@@ -298,7 +298,7 @@ class DINOv2(BalancedDistillation):
         "https://arxiv.org/abs/2304.07193",
     )
     needs = replace(_TOKENS, batch_coupled=True)
-    convergence = Convergence(job=SMALL_JOB)
+    convergence = Convergence(job=SMALL_TOKENS_JOB)
 
     class Hyperparameters(DINOv2Hyperparameters):
         """How targets are kept from collapsing."""
@@ -335,7 +335,7 @@ class DINOv3Gram(BalancedDistillation):
         "https://arxiv.org/abs/2508.10104",
     )
     needs = DINOv2.needs
-    convergence = Convergence(job={**SMALL_JOB, "objective.start_step": 20, "objective.update_every": 20})
+    convergence = Convergence(job={**SMALL_TOKENS_JOB, "objective.start_step": 20, "objective.update_every": 20})
 
     class Hyperparameters(DINOv2Hyperparameters):
         """When and how patches are anchored."""

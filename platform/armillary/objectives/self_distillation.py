@@ -38,6 +38,8 @@ SMALL_JOB: Mapping[str, Any] = {
     "objective.teacher_warmup_epochs": 0,
     "objective.teacher_temperature": 0.05,
 }
+# And what lets a transformer learn something in seconds.
+SMALL_TOKENS_JOB: Mapping[str, Any] = {**SMALL_JOB, "backbone.patch": 8, "backbone.depth": 2, "train.epochs": 8}
 
 
 def momentum_schedule(start: float, context: BuildContext) -> Schedule:
