@@ -1,0 +1,78 @@
+"""Hard negatives and queues beside NT-Xent: forward and backward of the losses alone.
+
+``OMP_NUM_THREADS=2 python bench/contrastive.py [repetitions]``: batch 2,048 x 128, float32. NT-Xent and hard negatives
+compare 4,096 views; the queue losses 2,048 queries with 4,096 keys. Ways take turns; each one's best time counts.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from armillary.losses import NTXent
+from armillary.losses.hard_negatives import HardNegativeNCE, MixedNegatives, Mixtures
+from armillary.losses.k_positives import KPositives
+from armillary.losses.key_contrast import KeyContrast
+from armillary.losses.tensors import normalize
+
+BATCH, DIM, QUEUE, CLASSES = 2048, 128, 4096, 64
+HARDEST, PAIRS, QUERY_PAIRS = 1024, 256, 128
+
+
+def ways() -> dict[str, Callable[[Tensor], Tensor]]:
+    """The losses as functions of the first view."""
+    draw = torch.Generator().manual_seed(0)
+    other = torch.randn(BATCH, DIM, generator=draw)
+    queue = normalize(torch.randn(QUEUE, DIM, generator=draw))
+    label = torch.randint(0, CLASSES, (BATCH,), generator=draw)
+    same = label[:, None] == torch.randint(0, CLASSES, (QUEUE,), generator=draw)
+    drawn = same & (torch.rand(BATCH, QUEUE, generator=draw) < 6 * CLASSES / QUEUE)
+
+    def ranks(count: int) -> Tensor:
+        return torch.randint(0, HARDEST, (BATCH, count), generator=draw)
+
+    mixtures = Mixtures(
+        ranks(PAIRS),
+        ranks(PAIRS),
+        torch.rand(BATCH, PAIRS, generator=draw),
+        ranks(QUERY_PAIRS),
+        torch.rand(BATCH, QUERY_PAIRS, generator=draw) / 2,
+    )
+    nt_xent, key, mixed = NTXent(0.5), KeyContrast(0.2), MixedNegatives(HARDEST, 0.2)
+    hard, half, kcl = HardNegativeNCE(), HardNegativeNCE(beta=0.5), KPositives(0.2)
+    return {
+        "NT-Xent": lambda view: nt_xent(view, other),
+        "hard negatives, beta 1": lambda view: hard(view, other),
+        "hard negatives, beta 0.5": lambda view: half(view, other),
+        "queue (MoCo)": lambda view: key(view, other, queue),
+        "k positives of a queue (KCL)": lambda view: kcl(view, other, queue, same, drawn),
+        "queue with mixtures (MoCHi)": lambda view: mixed(view, other, queue, mixtures),
+    }
+
+
+def seconds(loss: Callable[[Tensor], Tensor], view: Tensor) -> float:
+    """One forward and backward pass."""
+    leaf = view.clone().requires_grad_()
+    start = time.perf_counter()
+    loss(leaf).backward()
+    return time.perf_counter() - start
+
+
+def main(repetitions: int) -> None:
+    """Prints each way's best time and its ratio to NT-Xent's."""
+    view = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(1))
+    best: dict[str, float] = {}
+    found = ways()
+    for _ in range(repetitions):
+        for name, loss in found.items():
+            best[name] = min(best.get(name, float("inf")), seconds(loss, view))
+    for name, value in best.items():
+        print(f"{name:32s} {1000 * value:8.1f} ms   {value / best['NT-Xent']:.2f} of NT-Xent")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
