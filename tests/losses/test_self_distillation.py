@@ -82,7 +82,7 @@ def test_simsiam_worked_numbers() -> None:
 
 
 def test_switches_of_simsiam_change_gradients_alone() -> None:
-    def gradients(target: float, prediction: float) -> tuple[float, float, float]:
+    def gradients(target: float, prediction: float) -> tuple[float, ...]:
         p1, z2 = A.clone().requires_grad_(), B.clone().requires_grad_()
         loss = SimSiam(target, prediction)(p1, z2, C, D.clone().requires_grad_())
         found = torch.autograd.grad(loss, (p1, z2), allow_unused=True)

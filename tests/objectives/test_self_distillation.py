@@ -45,7 +45,7 @@ def step(objective: Objective, batch: Batch, number: int = 0) -> None:
     with torch.no_grad():
         for parameter in objective.parameters():
             if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(0.1 * parameter.grad)
     objective.after_step(number)
 
 
@@ -255,10 +255,10 @@ def finished_run(name: str, objective: str, classes: int) -> torch.nn.Module:
 
 def test_a_finished_run_teaches() -> None:
     encoder = finished_run("big", "softmax", tiny.NUM_CLASSES)
-    cls = registry.get("distillation")
+    cls: Any = registry.get("distillation")
     assert cls.needs_for(cls.Hyperparameters(teacher="big")).fields == ()
     assert cls.needs_for(cls.Hyperparameters(teacher="big", alpha=0.5)).fields == ("label",)
-    objective = tiny.build(cls, {"teacher": "big"}).train()
+    objective: Any = tiny.build(cls, {"teacher": "big"}).train()
     images = torch.rand(5, 1, 8, 8)
     rows: Any = encoder.rows
     expected = encoder(images) @ rows["loss.weight"].T + rows["loss.bias"]
@@ -270,7 +270,7 @@ def test_a_finished_run_teaches() -> None:
 def test_runs_that_cannot_teach() -> None:
     finished_run("margin", "arcface", 4)
     finished_run("few", "softmax", 3)
-    cls = registry.get("distillation")
+    cls: Any = registry.get("distillation")
     with pytest.raises(UserError, match="arcface"):
         cls.needs_for(cls.Hyperparameters(teacher="margin"))
     with pytest.raises(UserError, match="few"):
@@ -347,6 +347,6 @@ def test_student_or_teacher_is_exported() -> None:
 
 
 def test_needs_follow_the_number_of_small_crops() -> None:
-    cls = registry.get("dino")
+    cls: Any = registry.get("dino")
     needs = cls.needs_for(cls.Hyperparameters(local_crops=3))
     assert needs == replace(cls.needs, views=5, recipe_options={"local_crops": 3})

@@ -35,7 +35,8 @@ def class_attention(encoder: TransformerEncoder, images: Tensor) -> Tensor:
     finally:
         hook.remove()
     grid = (images.shape[2] // encoder.patch_size[0], images.shape[3] // encoder.patch_size[1])
-    return class_weights(attention, seen[0])[:, :, encoder.body.prefix :].unflatten(2, grid)
+    weights: Tensor = class_weights(attention, seen[0])[:, :, encoder.body.prefix :].unflatten(2, grid)
+    return weights
 
 
 def class_weights(attention: nn.Module, hidden: Tensor) -> Tensor:

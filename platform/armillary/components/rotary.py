@@ -83,7 +83,8 @@ class _RotaryLayer(nn.Module):
 
     def _by_head(self, vectors: Tensor) -> Tensor:
         """``(batch, n, dim)`` as ``(batch, heads, n, dim / heads)``."""
-        return vectors.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        split: Tensor = vectors.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return split
 
     def _rotated(self, vectors: Tensor, places: Tensor) -> Tensor:
         return rotate_by_position(self._by_head(vectors), places.unsqueeze(-3), self.base)

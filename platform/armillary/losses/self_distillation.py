@@ -261,4 +261,5 @@ class KoLeo(nn.Module):
             cosine.diagonal(first).fill_(-math.inf)
             nearest = cosine.topk(min(self.neighbours, len(columns) - 1), dim=1).indices
         distance = (rows[:, None] - columns[nearest] + self.eps).norm(dim=2) + self.eps
-        return -distance.log().mean()
+        loss: Tensor = -distance.log().mean()
+        return loss

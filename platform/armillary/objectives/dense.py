@@ -39,7 +39,8 @@ def embed_each(encoder: TokenEncoder, tokens: Tensor) -> Tensor:
     So one head can take images and patches, and the layer behind the tokens learns from both.
     """
     flat = tokens.flatten(0, -2)
-    return encoder.embed_tokens(Tokens(flat, flat[:, None])).unflatten(0, tokens.shape[:-1])
+    embeddings: Tensor = encoder.embed_tokens(Tokens(flat, flat[:, None])).unflatten(0, tokens.shape[:-1])
+    return embeddings
 
 
 def independent_masks(keys: Tensor, grid: tuple[int, int], share: float, ratio: tuple[float, float]) -> Tensor:

@@ -362,7 +362,8 @@ def with_local_crops(needs: Needs, local_crops: int) -> Needs:
 
 def target_entropy(targets: Tensor) -> Tensor:
     """Mean entropy of targets ``(..., K)``: the least value that a cross-entropy with them can take."""
-    return torch.special.entr(targets).sum(dim=-1).mean()
+    entropy: Tensor = torch.special.entr(targets).sum(dim=-1).mean()
+    return entropy
 
 
 @register
