@@ -56,7 +56,7 @@ def test_steps_stand_for_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("step:pretrain", "step:distill", r"chain.yaml:13.*train.init_from: unknown earlier step 'distill'"),
+        ("step:pretrain", "step:distill", r"chain.yaml:\d+.*train.init_from: unknown earlier step 'distill'"),
         ("step:finetune", "step:finetun", "did you mean 'finetune'"),
         ("name: finetune", "name: pretrain", "a second step is named 'pretrain'"),
         ("backbone.tail: [24]", "backbone.tail: [0]", "backbone.tail"),
