@@ -23,6 +23,7 @@ from armillary.losses.tensors import widen
 from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output
 from armillary.objectives.registry import register
 from armillary.objectives.self_distillation import (
+    NEEDS_MORE,
     SMALL_TOKENS_JOB,
     PrototypeDistillation,
     PrototypeHyperparameters,
@@ -214,7 +215,7 @@ class IBOT(PatchDistillation):
         "https://arxiv.org/abs/2111.07832",
     )
     needs = with_local_crops(_TOKENS, 10)
-    convergence = Convergence(job=SMALL_TOKENS_JOB)
+    convergence = Convergence(margin=-0.02, reason=NEEDS_MORE, job=SMALL_TOKENS_JOB)
 
     class Hyperparameters(PatchHyperparameters):
         """iBOT has fewer prototypes and more small crops than DINO."""
@@ -299,7 +300,7 @@ class DINOv2(BalancedDistillation):
         "https://arxiv.org/abs/2304.07193",
     )
     needs = replace(_TOKENS, batch_coupled=True)
-    convergence = Convergence(job=SMALL_TOKENS_JOB)
+    convergence = Convergence(margin=-0.02, reason=NEEDS_MORE, job=SMALL_TOKENS_JOB)
 
     class Hyperparameters(DINOv2Hyperparameters):
         """How targets are kept from collapsing."""
@@ -336,7 +337,11 @@ class DINOv3Gram(BalancedDistillation):
         "https://arxiv.org/abs/2508.10104",
     )
     needs = DINOv2.needs
-    convergence = Convergence(job={**SMALL_TOKENS_JOB, "objective.start_step": 20, "objective.update_every": 20})
+    convergence = Convergence(
+        margin=-0.02,
+        reason=NEEDS_MORE,
+        job={**SMALL_TOKENS_JOB, "objective.start_step": 20, "objective.update_every": 20},
+    )
 
     class Hyperparameters(DINOv2Hyperparameters):
         """When and how patches are anchored."""

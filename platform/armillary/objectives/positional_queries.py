@@ -21,6 +21,7 @@ from armillary.objectives.base import Batch, BuildContext, Citation, Convergence
 from armillary.objectives.dense import PatchDistillation, PatchHyperparameters, embed_each, patch_grid
 from armillary.objectives.registry import register
 from armillary.objectives.self_distillation import (
+    NEEDS_MORE,
     SMALL_TOKENS_JOB,
     PrototypeDistillation,
     PrototypeHyperparameters,
@@ -88,7 +89,7 @@ class PQ(PatchDistillation):
         "https://proceedings.mlr.press/v202/zhang23bd.html",
     )
     needs = with_local_crops(_NEEDS, 4)
-    convergence = Convergence(job=SMALL_TOKENS_JOB)
+    convergence = Convergence(margin=-0.02, reason=NEEDS_MORE, job=SMALL_TOKENS_JOB)
 
     class Hyperparameters(PatchHyperparameters):
         """Weight and form of the queries' loss."""
@@ -184,7 +185,7 @@ class CR2PQ(PrototypeDistillation):
         "https://openreview.net/forum?id=3l6PwssLNY",
     )
     needs = with_local_crops(_NEEDS, 0)
-    convergence = Convergence(job=SMALL_TOKENS_JOB)
+    convergence = Convergence(margin=-0.02, reason=NEEDS_MORE, job=SMALL_TOKENS_JOB)
 
     class Hyperparameters(PrototypeHyperparameters):
         """Form and weight of the patches' loss."""
