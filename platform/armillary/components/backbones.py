@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armillary.components.text import TextTransformer, WordVectors
+from armillary.components.graphs import GIN
 from armillary.components.tail import TailedEncoder
+from armillary.components.text import TextTransformer, WordVectors
 from armillary.components.transformers import from_timm, small_transformer
 from armillary.spec.errors import UserError, nearest, unknown_name
 from armillary.spec.jobs import BackboneSpec
 
-NAMES = ("small_convnet", "small_vit", "pixels", "text_transformer", "word_vectors")
+NAMES = ("small_convnet", "small_vit", "pixels", "text_transformer", "word_vectors", "gin")
 # What networks take that take no images.
-MODALITIES = {"text_transformer": "text", "word_vectors": "text"}
+MODALITIES = {"text_transformer": "text", "word_vectors": "text", "gin": "graph"}
 # Images come in [0, 1]; these bring most photographs near mean 0 and variance 1.
 _MEAN, _STD = 0.5, 0.25
 _MIN_SIDE = 8
@@ -174,6 +175,8 @@ def build_encoder(spec: BackboneSpec, *, in_channels: int, image_size: tuple[int
     if spec.name == "word_vectors":
         _known(spec, {})
         return WordVectors(in_channels, spec.embedding_dim)
+    if spec.name == "gin":
+        return _gin(spec, image_size)
     if spec.name.startswith("timm/"):
         return _timm(spec, in_channels, image_size)
     raise unknown_name("backbone", spec.name, [*NAMES, "timm/<model>"], key="backbone.name")
@@ -191,6 +194,22 @@ def check_modality(name: str, modality: str, objective: str) -> None:
         raise UserError(
             f"{objective} is given {given} and {name} takes {takes}", key="backbone.name", allowed=", ".join(fitting)
         )
+
+
+def _gin(spec: BackboneSpec, size: tuple[int, int]) -> nn.Module:
+    _check_options(
+        spec,
+        {"width": "an integer in 4..1024", "depth": "an integer in 1..12"},
+        {
+            "width": lambda value: type(value) is int and 4 <= value <= 1024,
+            "depth": lambda value: type(value) is int and 1 <= value <= 12,
+        },
+    )
+    features = size[1] - size[0] - 1
+    if features < 1:
+        problem = f"{size[0]} x {size[1]} is no picture of graphs: N rows, and one column, features, N columns"
+        raise UserError(problem, key="data.image_size", allowed="null", hint="data.name: motifs")
+    return GIN(features, spec.embedding_dim, **spec.options)
 
 
 def _text_transformer(spec: BackboneSpec, vocabulary: int, length: int) -> nn.Module:

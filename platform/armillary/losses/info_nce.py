@@ -86,7 +86,7 @@ class InfoNCE(nn.Module):
             logits = logits.masked_fill(own, -torch.inf)
         if negatives is not None:
             hard = q @ global_rows(self._directions(negatives), self.gather).T / self.temperature
-            logits = torch.cat([logits, hard + own * math.log(self.negative_weight)], dim=1)
+            logits = torch.cat([logits, hard + own.to(hard.dtype) * math.log(self.negative_weight)], dim=1)
         losses = logits.logsumexp(dim=1) - positive
         if alone:
             losses = 0 * losses

@@ -87,7 +87,7 @@ class BackboneSpec(OpenSection):
     """The network from image to embedding; keys beside these are options of the named backbone."""
 
     name: str = Field(
-        "small_convnet", description="small_convnet, small_vit, pixels, timm/<model>; text_transformer, word_vectors"
+        "small_convnet", description="small_convnet, small_vit, pixels, timm/<model>; text_transformer, word_vectors, gin"
     )
     embedding_dim: int = Field(128, ge=2, le=65536, description="width of the embedding")
     tail: tuple[Annotated[int, Field(ge=2, le=65536)], ...] = Field(
@@ -240,6 +240,12 @@ class StudyJob(Section):
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     concurrent: int = Field(2, ge=1)
     compare: tuple[str, str] | None = Field(None, description="two variants whose paired difference the report states")
+    metrics: tuple[str, ...] = Field(
+        ("verification/auc", "verification/tar_at_far_1e-2"),
+        min_length=1,
+        description="what the report ranks by (the first) and compares",
+    )
+    against: tuple[str, str] | None = Field(None, description="two metrics plotted against each other, a point a variant")
     axis: str | None = Field(
         None, description="a dotted key with a number, e.g. data.label_noise, over which the report plots the variants"
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from armillary.components.dropout import CounterDropout
 from armillary.components.encoders import Tokens
+from armillary.components.graphs import GIN, Graphs, pack
 from armillary.components.patches import patchify, unpatchify
 from armillary.components.text import TextTransformer, masked_mean
 from armillary.components.transformers import TransformerEncoder, small_transformer
@@ -21,9 +22,11 @@ PATCH = 2
 NUM_CLASSES = 4
 EMBEDDING_DIM = 8
 VOCABULARY, LENGTH = 12, 5
+NODES, FEATURES = 6, 2
 # Hyperparameters that only cost time, made small wherever an objective has them.
 SMALL = {
     "subsampling_threshold": 1.0,
+    "sampling_number": 8,
     "projection_hidden": 16,
     "projection_dim": 8,
     "hidden": 16,
@@ -104,6 +107,16 @@ class FlatText(nn.Module):
         return masked_mean(self.drop(self.table[ids]), ids > 0)
 
 
+class FlatGraph(nn.Module):
+    """Graphs to the entries of their pictures."""
+
+    embedding_dim = NODES * (1 + FEATURES + NODES)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures ``(batch, 1, 6, 9)`` as ``(batch, 54)``."""
+        return pictures.flatten(1)
+
+
 class TinyTokenEncoder(TransformerEncoder):
     """A transformer of two layers on patches of 2 pixels; images of 6 x 6 or less to embeddings ``(batch, 8)``."""
 
@@ -164,6 +177,8 @@ class FlatEncoder(nn.Module):
 
 def encoder_for(needs: Needs) -> nn.Module:
     """A tiny encoder with the abilities that an objective needs, for what it is given."""
+    if needs.modality == "graph":
+        return GIN(FEATURES, EMBEDDING_DIM, width=8, depth=2)
     if needs.modality == "text":
         return TextTransformer(VOCABULARY, LENGTH, EMBEDDING_DIM, width=8, depth=1, heads=2)
     return TinyTokenEncoder() if needs.encoder == "tokens" else TinyEncoder()
@@ -171,7 +186,7 @@ def encoder_for(needs: Needs) -> nn.Module:
 
 def flat_encoder_for(needs: Needs) -> nn.Module:
     """An encoder that computes nothing; it says its ``embedding_dim``."""
-    return FlatText() if needs.modality == "text" else FlatEncoder()
+    return {"text": FlatText, "graph": FlatGraph}.get(needs.modality, FlatEncoder)()
 
 
 def build(
@@ -280,6 +295,8 @@ def batch(
     index = torch.arange(size)
     if needs.modality == "text":
         return Batch(tuple(sentences(labels, draw) for _ in range(needs.views)), index)
+    if needs.modality == "graph":
+        return Batch((graphs(labels, draw, dtype),), index)
     images = 0.5 * patterns[labels % NUM_CLASSES] + 0.3 * noise()
     if needs.recipe.startswith(DRAWING_RECIPES):
         views, parameters = _recipe_views(needs, images, index, seed)
@@ -297,6 +314,18 @@ def batch(
         elif name != "index":
             raise ValueError(f"no tiny batch can carry the field {name!r} yet: add it to FIELD_MAKERS")
     return Batch(views, index, fields, parameters)
+
+
+def graphs(labels: Tensor, draw: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Pictures ``(n, 1, NODES, 1 + FEATURES + NODES)``: rings with chords by class, random features, a node missing."""
+    adjacency = torch.zeros(len(labels), NODES, NODES, dtype=dtype)
+    node = torch.arange(NODES)
+    adjacency[:, node, (node + 1) % NODES] = 1
+    adjacency[torch.arange(len(labels)), labels % NUM_CLASSES, (labels % NUM_CLASSES + 2) % NODES] = 1
+    features = torch.rand(len(labels), NODES, FEATURES, generator=draw, dtype=dtype)
+    whole = Graphs(torch.ones(len(labels), NODES, dtype=torch.bool), features, adjacency)
+    made = whole._replace(adjacency=(adjacency + adjacency.transpose(1, 2)).clamp_max(1))
+    return pack(made.keep((node < NODES - 1) | (torch.rand(len(labels), 1, generator=draw) > 0.5)))
 
 
 def sentences(labels: Tensor, draw: torch.Generator) -> Tensor:

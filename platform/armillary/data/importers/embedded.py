@@ -105,6 +105,13 @@ def identities(name: str, source: Path | None, progress: Progress) -> Dataset:
     return embedded(name, source, progress)
 
 
+def motifs(name: str, source: Path | None, progress: Progress) -> Dataset:
+    """Small graphs with a shape hidden in each."""
+    from armillary.data.graphs import motifs as make
+
+    return make(name, source, progress)
+
+
 def identities_small(name: str, source: Path | None, progress: Progress) -> Dataset:
     """A few small procedural faces, made in seconds."""
     from armillary.data.identities import embedded_small
