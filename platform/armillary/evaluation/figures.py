@@ -135,6 +135,56 @@ def line_figure(lines: Mapping[str, Mapping[float, Sequence[float]]], *, x: str,
     return _figure(bands, Axes(f"{y} over {x}", x, y, log_x=False))
 
 
+def box_figure(values: Mapping[str, Sequence[float]], *, y: str) -> Figure:
+    """A box for each name, with every value beside it.
+
+    Args:
+        values: by name.
+        y: what the vertical axis says.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    import plotly.graph_objects as go
+
+    if not values:
+        raise ValueError("there is no box to draw")
+    boxes = [go.Box(y=list(found), name=name, boxpoints="all") for name, found in values.items()]
+    return go.Figure(boxes, layout={"title": {"text": y}, "yaxis": {"title": {"text": y}}, "showlegend": False})
+
+
+def point_figure(points: Mapping[str, tuple[float, float]], *, x: str, y: str) -> Figure:
+    """A named point for each name; points that share the first word of their name are joined in order of ``x``.
+
+    Args:
+        points: by name, the two coordinates.
+        x: what the horizontal axis says.
+        y: what the vertical axis says.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    import plotly.graph_objects as go
+
+    if not points:
+        raise ValueError("there is no point to draw")
+    lines: dict[str, list[str]] = {}
+    for name in sorted(points, key=lambda name: points[name][0]):
+        lines.setdefault(name.split(" ")[0], []).append(name)
+    traces = [
+        go.Scatter(
+            x=[points[name][0] for name in names],
+            y=[points[name][1] for name in names],
+            text=names,
+            name=line,
+            mode="lines+markers+text",
+            textposition="top center",
+        )
+        for line, names in lines.items()
+    ]
+    return go.Figure(traces, layout={"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}})
+
+
 def save_roc_png(curves: RocCurves, path: Path, *, title: str = "Verification ROC") -> None:
     """Writes the picture of :func:`roc_figure` as PNG."""
     _save_png(roc_bands(curves), _roc_axes(title), path)

@@ -72,7 +72,7 @@ class SwAV(Objective):
             "objective.projection_dim": 64,
             "objective.projection_hidden": 256,
             "objective.frozen_steps": 20,
-        }
+        },
     )
 
     class Hyperparameters(base.Hyperparameters):
@@ -326,10 +326,6 @@ class HCSC(PrototypicalObjective):
         "https://arxiv.org/abs/2202.00455",
     )
     needs = Needs(views=2, recipe="moco_v2", components=("projector", "teacher", "queue", "clusters"))
-    waivers: ClassVar[Mapping[str, str]] = {
-        "two_workers_equal_one_in_float32": "narrow clusters divide cosines by small widths, which amplifies rounding "
-        "to 2e-5 of the gradient (in float64 the workers agree to 1e-8)"
-    }
     convergence = Convergence(
         margin=0.04,
         job={

@@ -49,10 +49,6 @@ class VICRegObjective(ProjectedViewsObjective):
     )
     needs = _NEEDS
     projector_last_norm = False
-    waivers: ClassVar[Mapping[str, str]] = {
-        "two_workers_equal_one_in_float32": "a bias before a batch norm has no gradient: its rounding, of terms 25 "
-        "times the loss, exceeds 1e-5 (in float64 the workers agree to 1e-8)"
-    }
     convergence = Convergence(margin=0.04, job=_SMALL_EXPANDER)
 
     class Hyperparameters(ExpanderHyperparameters):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -47,10 +45,6 @@ class LoCo(Objective):
         "https://arxiv.org/abs/2008.01342",
     )
     needs = replace(ProjectedViewsObjective.needs, encoder="maps")
-    waivers: ClassVar[Mapping[str, str]] = {
-        "two_workers_equal_one_in_float32[loco]": "a bias before a batch norm has no gradient: the rounding of what "
-        "cancels in it exceeds 1e-5 (in float64 the workers agree to 1e-8)"
-    }
     convergence = Convergence(
         margin=0.07,
         job={"objective.temperature": 0.5, "objective.projection_dim": 64, "objective.projection_hidden": 128},

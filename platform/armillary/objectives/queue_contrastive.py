@@ -165,8 +165,6 @@ class MoCoV3(Objective):
     )
     waivers: ClassVar[Mapping[str, str]] = {
         "gradcheck": "the keys of a view are constants, and finite differences move them with its queries",
-        "two_workers_equal_one_in_float32": "a bias before a batch norm has no gradient: the rounding of what cancels "
-        "in it exceeds 1e-5 (in float64 the workers agree to 1e-8)",
     }
     convergence = Convergence(
         margin=0.03,

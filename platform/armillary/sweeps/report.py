@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from armillary.evaluation.figures import line_figure, roc_figure
+from armillary.evaluation.figures import box_figure, line_figure, point_figure, roc_figure
 from armillary.evaluation.report import Code, Heading, Paragraph, Plot, Section, Table, html_page
 from armillary.spec.jobs import StudyJob
 from armillary.spec.loading import dump_job
@@ -20,10 +20,11 @@ from armillary.tracking.query import leaderboard
 from armillary.tracking.uncertainty import difference
 from armillary.training.rundir import RunDirectory, RunRecord
 
-COMPARED = ("verification/auc", "verification/tar_at_far_1e-2")
+# Fewer runs a variant than this make no box.
+BOX_RUNS = 3
 
 
-def study_board(result: StudyResult, metric: str = COMPARED[0]) -> Board:
+def study_board(result: StudyResult, metric: str = "verification/auc") -> Board:
     """The leaderboard of one study's runs."""
     boards, _ = leaderboard(metric, group=result.group)
     return boards[0]
@@ -35,7 +36,7 @@ def answers(job: StudyJob, board: Board) -> list[str]:
         return []
     first, second = (_variant(board, name) for name in job.compare)
     sentences = []
-    for metric in COMPARED:
+    for metric in job.metrics:
         if metric not in first.metrics or metric not in second.metrics:
             continue
         a, b = (_values(group, metric) for group in (first, second))
@@ -69,11 +70,13 @@ def write_report(job: StudyJob, result: StudyResult, *, extra: Sequence[Section]
         result: its runs.
         extra: sections shown after the answer, e.g. what a sweep before it chose.
     """
-    board = study_board(result)
+    board = study_board(result, job.metrics[0])
     sections: list[Section] = [Paragraph(job.question)] if job.question else []
     sections += [Paragraph(sentence, strong=True) for sentence in answers(job, board)]
     sections += list(extra)
     sections += _along_axis(job, result.records)
+    sections += _boxes(job, result.records)
+    sections += _against(job, result.records)
     sections += [Heading("Leaderboard"), _table(board), *(Paragraph(line) for line in shown.legend(board))]
     curves = _roc_curves(result.records)
     if curves:
@@ -88,7 +91,7 @@ def write_report(job: StudyJob, result: StudyResult, *, extra: Sequence[Section]
 def _along_axis(job: StudyJob, records: Sequence[RunRecord]) -> list[Section]:
     """Where the study has an axis: the metrics plotted over it, and what each does from end to end."""
     sections: list[Section] = []
-    for metric in COMPARED if job.axis else ():
+    for metric in job.metrics if job.axis else ():
         assert job.axis is not None
         found = lines(job, records, metric)
         if found:
@@ -97,6 +100,37 @@ def _along_axis(job: StudyJob, records: Sequence[RunRecord]) -> list[Section]:
             sections += [Heading(f"{metric} over {job.axis}"), Plot(figure, caption=caption)]
             sections += [Paragraph(line.sentence(job.axis, metric)) for line in found]
     return sections
+
+
+def _by_variant(job: StudyJob, records: Sequence[RunRecord], metric: str) -> dict[str, list[float]]:
+    """Each variant's values, in the order of the study."""
+    found = {
+        variant.name: [r.metrics[metric] for r in records if r.variant == variant.name and metric in r.metrics]
+        for variant in job.variants
+    }
+    return {name: values for name, values in found.items() if values}
+
+
+def _boxes(job: StudyJob, records: Sequence[RunRecord]) -> list[Section]:
+    """A box plot of the first metric, where variants have runs enough."""
+    values = _by_variant(job, records, job.metrics[0])
+    if not values or min(map(len, values.values())) < BOX_RUNS:
+        return []
+    caption = f"{job.metrics[0]} of each variant: median, quartiles, whiskers to 1.5 of their distance, and every run"
+    return [Heading(f"{job.metrics[0]} by variant"), Plot(box_figure(values, y=job.metrics[0]), caption=caption)]
+
+
+def _against(job: StudyJob, records: Sequence[RunRecord]) -> list[Section]:
+    """Where the study asks for it: two metrics of each variant, as points."""
+    if job.against is None:
+        return []
+    x, y = (_by_variant(job, records, metric) for metric in job.against)
+    points = {name: (sum(x[name]) / len(x[name]), sum(y[name]) / len(y[name])) for name in x if name in y}
+    if not points:
+        return []
+    caption = f"{job.against[1]} over {job.against[0]}: the mean of each variant's runs"
+    figure = point_figure(points, x=job.against[0], y=job.against[1])
+    return [Heading(f"{job.against[1]} over {job.against[0]}"), Plot(figure, caption=caption)]
 
 
 def _table(board: Board) -> Table:

@@ -258,11 +258,15 @@ class ObjectiveSuite:
         _assert_same(parts[0].buffers, parts[1].buffers, 0)
 
     def test_two_workers_equal_one_in_float32(self, case: Case, pool: GlooPool) -> None:
-        """One step in float32, to 1e-5."""
+        """One step in float32, to 1e-5, or to a few times the rounding that one process has for itself.
+
+        What cancels exactly, as in the gradient of a bias before a batch norm, leaves the rounding of large terms.
+        """
         both = steps.joined(pool.run(steps.train_part, case, 1, torch.float32))
-        whole = steps.train_case(case, 1, torch.float32)
+        whole, exact = (steps.train_case(case, 1, dtype) for dtype in (torch.float32, torch.float64))
         assert both.losses == pytest.approx(whole.losses, rel=1e-5, abs=1e-5)
-        _assert_same(both.gradients, whole.gradients, 1e-5)
+        rounding = max(_largest(whole.gradients[name] - value) for name, value in exact.gradients.items())
+        _assert_same(both.gradients, whole.gradients, 1e-5, allowed=8 * rounding)
 
     def test_state_dict(self, case: Case) -> None:
         """After saving and loading into a differently initialised twin the next step is equal bit for bit."""
@@ -312,13 +316,17 @@ def _tensors(batch: Batch) -> list[Tensor]:
     return [*batch.views, batch.index, *batch.fields.values()]
 
 
-def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Equal names, and values that differ by at most ``tolerance`` of the largest of all tensors, or of 1.
+def _largest(values: Tensor) -> float:
+    return float(values.double().abs().max()) if values.numel() else 0.0
+
+
+def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, allowed: float = 0.0) -> None:
+    """Equal names, and values that differ by at most ``tolerance`` of the largest of all, or of 1, or by ``allowed``.
 
     Not of each tensor's own: the gradient of a bias before a batch norm is what rounding leaves of the others'.
     """
     assert found.keys() == expected.keys()
-    largest = max([1.0, *(float(value.double().abs().max()) for value in expected.values())])
+    largest = max([1.0, *map(_largest, expected.values())])
     for name, value in expected.items():
-        difference = float((found[name].double() - value.double()).abs().max())
-        assert difference <= tolerance * largest, (name, difference, largest)
+        difference = _largest(found[name].double() - value.double())
+        assert difference <= max(tolerance * largest, allowed), (name, difference, largest)
