@@ -66,7 +66,7 @@ class Corner(nn.Module):
         return torch.stack(corners * 2, dim=1)
 
 
-@pytest.mark.parametrize(("options", "views"), [({}, 4), ({"rotations": 2}, 3), ({"all_copies": False}, 1)])
+@pytest.mark.parametrize(("options", "views"), [({}, 4), ({"half_turns": True}, 3), ({"all_copies": False}, 1)])
 def test_labels_are_the_turns(options: dict[str, Any], views: int) -> None:
     """Images whose one bright corner tells the turn: a classifier that reads it is always right."""
     rotation: Any = tiny.build(get("rotation"), options, encoder=Corner())
@@ -79,7 +79,7 @@ def test_labels_are_the_turns(options: dict[str, Any], views: int) -> None:
     batch = tiny.batch(needs, 8)
     batch.views, batch.parameters = tuple(view.pixels for view in made), tuple(view.parameters for view in made)
     # Counter-clockwise: after one turn the corner is at the lower left, the fourth in the encoder's list.
-    corner_of = {0: 0, 1: 3, 2: 2, 3: 1} if rotation.hyperparameters.rotations == 4 else {0: 0, 1: 2}
+    corner_of = {0: 0, 1: 3, 2: 2, 3: 1} if not rotation.hyperparameters.half_turns else {0: 0, 1: 2}
     with torch.no_grad():
         rotation.classifier.weight.zero_()
         for turn, corner in corner_of.items():
@@ -100,7 +100,7 @@ def test_a_constant_image_is_at_chance() -> None:
 
 def test_options_that_exclude_each_other() -> None:
     with pytest.raises(UserError, match="drawn from four rotations"):
-        hyperparameters("rotation", {"rotations": 2, "all_copies": False})
+        hyperparameters("rotation", {"half_turns": True, "all_copies": False})
     with pytest.raises(UserError, match="four tiles have 24 orders"):
         hyperparameters("jigsaw", {"tiles": 2, "permutations": 25})
 
@@ -152,7 +152,7 @@ def test_an_encoder_for_whole_images_is_refused() -> None:
 
 @pytest.mark.parametrize("length", [5, 9])
 def test_triples_are_in_order_in_both_directions(length: int) -> None:
-    objective = tiny.build(get("frame_order"), {"clip_length": length})
+    objective = tiny.build(get("frame_order"), {"window": length})
     frames, in_order = objective.triples(torch.arange(4000))  # type: ignore[operator]
     first, middle, last = frames.unbind(1)
     between = (middle > torch.minimum(first, last)) & (middle < torch.maximum(first, last))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -192,9 +191,6 @@ class DIM(Objective):
         "https://arxiv.org/abs/1808.06670",
     )
     needs = Needs(recipe="none", encoder="maps", components=("critic", "discriminator"), batch_coupled=True)
-    waivers: ClassVar[Mapping[str, str]] = {
-        "gradcheck": "the gradient of the prior's term is turned round on its way to the encoder"
-    }
     convergence = Convergence()
 
     class Hyperparameters(base.Hyperparameters):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -48,13 +48,13 @@ class Rotation(Objective):
     class Hyperparameters(base.Hyperparameters):
         """How many directions, and whether all are seen in a step."""
 
-        rotations: Literal[4, 2] = Field(4, description="K: four directions, or upright and upside down")
+        half_turns: bool = Field(False, description="K = 2, upright and upside down, in place of four directions")
         all_copies: bool = Field(True, description="every rotation of an image in each step, or one at random (K = 4)")
 
         @field_validator("all_copies")
         @classmethod
         def _drawn_from_four(cls, all_copies: bool, info: ValidationInfo) -> bool:
-            if not all_copies and info.data.get("rotations") == 2:
+            if not all_copies and info.data.get("half_turns"):
                 raise ValueError("one copy at random is drawn from four rotations")
             return all_copies
 
@@ -63,11 +63,11 @@ class Rotation(Objective):
         """One view where one copy is drawn; three where the half turn is the last."""
         if not hyperparameters.all_copies:
             return Needs(recipe="rotation", components=("classifier",))
-        return cls.needs if hyperparameters.rotations == 4 else Needs(3, "rotation_all", components=("classifier",))
+        return Needs(3, "rotation_all", components=("classifier",)) if hyperparameters.half_turns else cls.needs
 
     def build(self, context: BuildContext) -> None:
         """Makes the classifier."""
-        self.classifier = nn.Linear(context.embedding_dim, self.hyperparameters.rotations)
+        self.classifier = nn.Linear(context.embedding_dim, 2 if self.hyperparameters.half_turns else 4)
         self.loss = WhichWasApplied()
 
     def forward(self, batch: Batch) -> Output:
@@ -76,7 +76,7 @@ class Rotation(Objective):
         options = self.hyperparameters
         if options.all_copies:
             # View v is turned v quarters: with two directions every other view.
-            views = batch.views[:: 4 // options.rotations]
+            views = batch.views[:: 2 if options.half_turns else 1]
             turns = torch.arange(len(views), device=batch.index.device).repeat_interleave(len(batch.index))
         else:
             views, turns = batch.views, batch.parameters[0]["rotation_class"]
@@ -199,14 +199,14 @@ class FrameOrder(Objective):
         """How triples are drawn."""
 
         negative_share: float = Field(0.75, ge=0.1, le=0.9, description="share of triples that are out of order")
-        clip_length: int = Field(5, ge=5, le=121, description="frames of a clip that the five are drawn from")
+        window: int = Field(5, ge=5, le=121, description="frames of a clip that the five are drawn from")
 
     _TRIPLES: ClassVar[tuple[tuple[int, int, int], ...]] = ((1, 2, 3), (1, 0, 3), (1, 4, 3))
 
     @classmethod
     def needs_for(cls, hyperparameters: Any) -> Needs:
         """As many views as a clip has frames."""
-        return Needs(views=hyperparameters.clip_length, recipe="frames", components=("classifier",))
+        return Needs(views=hyperparameters.window, recipe="frames", components=("classifier",))
 
     def build(self, context: BuildContext) -> None:
         """Makes the classifier."""
@@ -217,7 +217,7 @@ class FrameOrder(Objective):
     def triples(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The frames of each sample's triple, ``(batch, 3)`` places in the clip, and whether they are in order."""
         options = self.hyperparameters
-        u = uniforms(sample_keys(key(_FRAMES, self.seed, self.step), index), 3 + options.clip_length)
+        u = uniforms(sample_keys(key(_FRAMES, self.seed, self.step), index), 3 + options.window)
         five = u[:, 3:].argsort(dim=1, stable=True)[:, :5].sort(dim=1).values
         which = torch.where(u[:, 0] < options.negative_share, 1 + (u[:, 1] < 0.5).long(), 0)
         triples = torch.tensor(self._TRIPLES, device=index.device)[which]

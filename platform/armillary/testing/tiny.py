@@ -51,7 +51,7 @@ SMALL = {
     "decoder_depth": 1,
     "cell": 2,
     "permutations": 8,
-    "score_dim": 8,
+    "score_dim": 32,
     "context_dim": 8,
     "patches": 5,
     "horizon": 2,
