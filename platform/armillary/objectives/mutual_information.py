@@ -77,7 +77,16 @@ class CPC(Objective):
     needs = Needs(
         recipe="mae", recipe_options={"crop_scale": (0.5, 1.0)}, components=("context", "predictor"), batch_coupled=True
     )
-    convergence = Convergence()
+    convergence = Convergence(
+        job={
+            "backbone.pool": "mean",
+            "objective.patches": 5,
+            "objective.horizon": 2,
+            "objective.context_dim": 64,
+            "objective.context_layers": 2,
+            "train.epochs": 4,
+        }
+    )
 
     class Hyperparameters(base.Hyperparameters):
         """The grid of patches, the context and how far it predicts."""
@@ -191,7 +200,17 @@ class DIM(Objective):
         "https://arxiv.org/abs/1808.06670",
     )
     needs = Needs(recipe="none", encoder="maps", components=("critic", "discriminator"), batch_coupled=True)
-    convergence = Convergence()
+    convergence = Convergence(
+        job={
+            "views.name": "simclr",
+            "backbone.pool": "mean",
+            "objective.critic_dim": 128,
+            "objective.measure": "infonce",
+            "objective.gamma": 0.0,
+            "train.epochs": 3,
+        },
+        reason="without crops and with the default bound, places that only remember an image make faces no better known",
+    )
 
     class Hyperparameters(base.Hyperparameters):
         """Weights of the terms, the bound and the critic."""
@@ -200,7 +219,7 @@ class DIM(Objective):
         beta: float = Field(1.0, ge=0, le=10, description="weight of the bound for single places")
         gamma: float = Field(0.1, ge=0, le=10, description="weight of the prior; 0 for none")
         measure: Literal["jsd", "infonce", "dv"] = Field("jsd", description="which bound")
-        score_dim: int = Field(2048, ge=2, le=8192, description="width of the critic; 256 suits small images")
+        critic_dim: int = Field(2048, ge=2, le=8192, description="width of the critic; 256 suits small images")
         discriminator_hidden: int = Field(200, ge=4, le=4096, description="width of the discriminator's hidden layers")
 
         @field_validator("beta")
@@ -217,9 +236,9 @@ class DIM(Objective):
         self.loss = InformationBound(options.measure)
         if options.beta:
             channels = map_encoder(self.encoder).stage_channels
-            self.local_critic = PlaceScores(dim, channels[max(-2, -len(channels))], options.score_dim)
+            self.local_critic = PlaceScores(dim, channels[max(-2, -len(channels))], options.critic_dim)
         if options.alpha:
-            self.global_critic = PlaceScores(dim, self._map_size(context), options.score_dim)
+            self.global_critic = PlaceScores(dim, self._map_size(context), options.critic_dim)
         if options.gamma:
             width = options.discriminator_hidden
             layers = [nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)]
@@ -293,7 +312,7 @@ class AMDIM(Objective):
         components=("critic",),
         batch_coupled=True,
     )
-    convergence = Convergence()
+    convergence = Convergence(job={"objective.score_dim": 64, "train.epochs": 6})
 
     class Hyperparameters(base.Hyperparameters):
         """Clipping, penalty and width of the scores."""

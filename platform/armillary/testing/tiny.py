@@ -51,7 +51,8 @@ SMALL = {
     "decoder_depth": 1,
     "cell": 2,
     "permutations": 8,
-    "score_dim": 32,
+    "score_dim": 8,
+    "critic_dim": 32,
     "context_dim": 8,
     "patches": 5,
     "horizon": 2,
@@ -186,7 +187,8 @@ def encoder_for(needs: Needs) -> nn.Module:
 
 def flat_encoder_for(needs: Needs) -> nn.Module:
     """An encoder that computes nothing; it says its ``embedding_dim``."""
-    return {"text": FlatText, "graph": FlatGraph}.get(needs.modality, FlatEncoder)()
+    makers: dict[str, type[nn.Module]] = {"text": FlatText, "graph": FlatGraph}
+    return makers.get(needs.modality, FlatEncoder)()
 
 
 def build(
