@@ -41,7 +41,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.pool = pool
         # What to make another one with.
-        self.options = {"vocabulary": vocabulary, "length": length, "embedding_dim": embedding_dim}
+        self.options: dict[str, Any] = {"vocabulary": vocabulary, "length": length, "embedding_dim": embedding_dim}
         self.options |= {"width": width, "depth": depth, "heads": heads, "pool": pool}
         self.words = nn.Embedding(vocabulary, width)
         nn.init.trunc_normal_(self.words.weight, std=0.02)

@@ -1,6 +1,6 @@
 """Contrastive losses as inverse optimal transport: a plan between two sides of a batch against the true matching.
 
-Symbols: n samples, C ``(n, n)`` the cost of matching row i with column j, P a plan of mass 1, a = b = 1/n the marginals,
+Symbols: n samples, C ``(n, n)`` the cost of matching row i with column j, P a plan of mass 1, marginals 1/n,
 eps > 0 the weight of the plan's entropy. Everything is in the log domain and in float32 at least. All plans couple the
 whole batch, so that every worker computes the loss of all workers' rows.
 """
@@ -21,17 +21,17 @@ Solver = Callable[[Tensor], Tensor]
 
 
 def total_mass(kernel: Tensor) -> Tensor:
-    """log P for the one constraint that P sums to 1; ``kernel = -C/eps``."""
+    """Log P for the one constraint that P sums to 1; ``kernel = -C/eps``."""
     return kernel - kernel.flatten().logsumexp(dim=0)
 
 
 def row_masses(kernel: Tensor) -> Tensor:
-    """log P whose rows sum to 1/n."""
+    """Log P whose rows sum to 1/n."""
     return kernel.log_softmax(dim=1) - math.log(len(kernel))
 
 
 def both_masses(kernel: Tensor, sweeps: int = 5) -> Tensor:
-    """log P whose rows sum to 1/n and columns to 1/m, by Sinkhorn's sweeps (Cuturi 2013), rows first.
+    """Log P whose rows sum to 1/n and columns to 1/m, by Sinkhorn's sweeps (Cuturi 2013), rows first.
 
     After few sweeps only the columns' sums are exact.
     """
@@ -42,7 +42,7 @@ def both_masses(kernel: Tensor, sweeps: int = 5) -> Tensor:
 
 
 def bounded_columns(kernel: Tensor, low: float, high: float, sweeps: int = 5) -> Tensor:
-    """log P whose rows sum to 1/n and whose columns' sums are held within [low, high].
+    """Log P whose rows sum to 1/n and whose columns' sums are held within [low, high].
 
     A sweep scales the rows, then raises columns below ``low``, then lowers columns above ``high``.
     """
@@ -54,7 +54,7 @@ def bounded_columns(kernel: Tensor, low: float, high: float, sweeps: int = 5) ->
 
 
 def soft_masses(kernel: Tensor, strength: float, sweeps: int = 5) -> Tensor:
-    """log P whose marginals are drawn to 1/n by Kullback-Leibler penalties (Chizat et al. 2018, scaling algorithm).
+    """Log P whose marginals are drawn to 1/n by Kullback-Leibler penalties (Chizat et al. 2018, scaling algorithm).
 
     ``u <- (a / K v)^s``, ``v <- (b / K^T u)^s`` with ``strength`` s = rho/(rho + eps) in [0, 1]; 1 is Sinkhorn's.
     """
@@ -69,7 +69,7 @@ def soft_masses(kernel: Tensor, strength: float, sweeps: int = 5) -> Tensor:
 def fused_gromov(
     cost: Tensor, structure: tuple[Tensor, Tensor], alpha: float, eps: float, solve: Solver, steps: int
 ) -> Tensor:
-    """log P of the cost ``C - alpha D1 P D2^T``, iterated from the plan of C alone.
+    """Log P of the cost ``C - alpha D1 P D2^T``, iterated from the plan of C alone.
 
     Args:
         cost: C.
@@ -151,7 +151,7 @@ class InverseTransport(nn.Module):
         self.uniformity, self.gradient, self.gather = uniformity, gradient, gather
 
     def log_plan(self, similarity: Tensor) -> Tensor:
-        """log P of similarities ``(n, n)``."""
+        """Log P of similarities ``(n, n)``."""
         kernel = similarity / self.epsilon
         if self.constraint == "U_ab":
             return both_masses(kernel, self.sweeps)
@@ -159,7 +159,7 @@ class InverseTransport(nn.Module):
 
     @float32_math
     def forward(self, view1: Tensor, view2: Tensor, *, metrics: dict[str, Tensor] | None = None) -> Tensor:
-        """The loss of two views ``(batch, dim)``; ``metrics`` receives ``matching``, ``uniformity``, ``matched_mass``."""
+        """The loss of views ``(batch, dim)``; ``metrics`` receives ``matching``, ``uniformity``, ``matched_mass``."""
         similarity = _similarity(view1, view2, self.gather)
         log_plan = self.log_plan(similarity)
         matching, uniformity = matching_loss(log_plan), uniformity_penalty(log_plan)
@@ -180,7 +180,8 @@ def uniformity_penalty(log_plan: Tensor) -> Tensor:
     plan, own = log_plan.detach().exp(), torch.eye(n, dtype=torch.bool, device=log_plan.device)
     rest = plan.masked_fill(own, 0).sum(dim=1, keepdim=True) / max(n - 1, 1)
     target = torch.where(own, plan, rest)
-    return (torch.special.xlogy(target, target) - target * log_plan).sum()
+    penalty: Tensor = (torch.special.xlogy(target, target) - target * log_plan).sum()
+    return penalty
 
 
 class TransportCLIP(nn.Module):
@@ -188,7 +189,7 @@ class TransportCLIP(nn.Module):
 
     ``L = -1/n sum_i log(n P_ii)`` with ``C_ij = 1 - cos(u_i, v_j)`` and P by ``variant``: ``clip`` the mean of both
     directions' row-wise plans (CLIP at tau = eps); ``sinkhorn`` both marginals; ``double_bounded`` rows exact, columns
-    within [low/n, high/n]; ``fused_gromov`` rows exact, cost ``C - alpha D1 P D2^T`` with cosine distances D within each
+    within [low/n, high/n]; ``fused_gromov`` rows exact, cost ``C - alpha D1 P D2^T`` with cosine distances D in each
     side; ``unbalanced`` that cost and soft marginals.
 
     Args:
@@ -233,7 +234,7 @@ class TransportCLIP(nn.Module):
         return loss
 
     def log_plan(self, cost: Tensor, structure: tuple[Tensor, Tensor]) -> Tensor:
-        """log P of costs ``(n, n)`` and distances within the sides, for every variant but ``clip``."""
+        """Log P of costs ``(n, n)`` and distances within the sides, for every variant but ``clip``."""
         kernel, n = -cost / self.epsilon, len(cost)
         if self.variant == "sinkhorn":
             return both_masses(kernel, self.sweeps)

@@ -60,10 +60,15 @@ class SkipGram(Objective):
         "every_parameter_learns": "as in word2vec.c output vectors start at zero: the first step moves them alone"
     }
     convergence = Convergence(
-        metric="verification/auc",
-        margin=0.01,
-        job={"backbone.name": "word_vectors", "objective.subsampling_threshold": 1e-3, "optimizer.lr": 0.02},
-        reason="a mean of word vectors already tells captions apart by their words; what neighbours teach comes on top",
+        margin=0.008,
+        job={
+            "backbone": {"name": "word_vectors", "embedding_dim": 6},
+            "objective.subsampling_threshold": 0.01,
+            "objective.window": 3,
+            "optimizer.lr": 0.02,
+        },
+        reason="captions have a few dozen words, whose random vectors already tell them apart; gains of two seeds were "
+        "0.024 and 0.015 at this width, and none when vectors are wide",
     )
 
     class Hyperparameters(base.Hyperparameters):
