@@ -85,7 +85,9 @@ class CPC(Objective):
             "objective.context_dim": 64,
             "objective.context_layers": 2,
             "train.epochs": 4,
-        }
+        },
+        margin=0.01,
+        reason="batch norm tells patches of each other, which makes the task easier: 0.02 to 0.06 over seeds",
     )
 
     class Hyperparameters(base.Hyperparameters):
@@ -209,7 +211,7 @@ class DIM(Objective):
             "objective.gamma": 0.0,
             "train.epochs": 3,
         },
-        reason="without crops and with the default bound, places that only remember an image make faces no better known",
+        reason="with the default bound and no crops, places that remember an image make faces no better known",
     )
 
     class Hyperparameters(base.Hyperparameters):
@@ -312,7 +314,11 @@ class AMDIM(Objective):
         components=("critic",),
         batch_coupled=True,
     )
-    convergence = Convergence(job={"objective.score_dim": 64, "train.epochs": 6})
+    convergence = Convergence(
+        margin=0.015,
+        job={"objective.score_dim": 64, "train.epochs": 6},
+        reason="six epochs of small batches: 0.03 to 0.06 over seeds",
+    )
 
     class Hyperparameters(base.Hyperparameters):
         """Clipping, penalty and width of the scores."""
