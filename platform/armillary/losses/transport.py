@@ -80,7 +80,7 @@ def fused_gromov(
         steps: outer steps.
     """
     plan = solve(-cost / eps)
-    for _ in range(steps):
+    for _ in range(steps if alpha else 0):
         plan = solve(-(cost - alpha * structure[0] @ plan.exp() @ structure[1].T) / eps)
     return plan
 
