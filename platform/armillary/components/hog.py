@@ -53,11 +53,10 @@ def hog(
     if window:
         weight = weight * _window(window, (images.shape[2], images.shape[3]), weight)
     votes = torch.stack([weight * (bin_of == number) for number in range(bins)], dim=2)
-    counts = F.avg_pool2d(votes.flatten(0, 1), cell).unflatten(0, votes.shape[:2])
+    counts: Tensor = F.avg_pool2d(votes.flatten(0, 1), cell).unflatten(0, votes.shape[:2])
     if kind == "central":
-        length: Tensor = (counts.square().sum(dim=2, keepdim=True) + 1e-10).sqrt()
-        return counts / length
-    sums = counts * cell**2
+        return counts / (counts.square().sum(dim=2, keepdim=True) + 1e-10).sqrt()
+    sums: Tensor = counts * cell**2
     return sums if kind == "scaled" else F.normalize(sums, dim=2, eps=_EPS)
 
 

@@ -81,7 +81,7 @@ class MAE(MaskedObjective):
     convergence = Convergence(
         dataset="digits",
         metric="knn/top1",
-        margin=0.02,
+        margin=0.04,
         job={
             **_SHORT,
             "objective.decoder_dim": 48,
@@ -89,7 +89,8 @@ class MAE(MaskedObjective):
             "objective.decoder_heads": 3,
             "objective.mask_ratio": 0.6,
             "objective.norm_pix": False,
-            "train.epochs": 10,
+            "optimizer.lr": 4e-3,
+            "train.epochs": 12,
         },
         reason="masked models need long trainings, and the layer to the embedding is random",
     )
