@@ -33,8 +33,10 @@ def pretrain(name: str) -> TrainJob:
         small["cell"] = 4
     overrides = [f"objective.name={name}", "train.batch_size=8", "train.epochs=1"]
     overrides += [f"objective.{key}={value}" for key, value in small.items()]
-    if registry.get(name).needs.encoder == "tokens":
+    needs = registry.get(name).needs
+    if needs.encoder == "tokens":
         overrides += ["backbone.name=small_vit", "backbone.patch=4"]
+        overrides += ["views.local_size=0.5"] if needs.recipe.startswith("multicrop") else []
     job = load_job("recipes/pretrain", overrides)
     assert isinstance(job, TrainJob)
     return job
