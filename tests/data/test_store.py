@@ -76,6 +76,7 @@ def test_fingerprint_knows_the_content(what: str) -> None:
     names = ["a", "b", "c"]
     before = write_dataset("before", rows, class_names=names, columns=COLUMNS)  # type: ignore[arg-type]
     first = rows[0]
+    assert isinstance(first.image, np.ndarray)
     if what == "pixel":
         image = first.image.copy()
         image[0, 0, 0] ^= 1

@@ -16,6 +16,10 @@ from armillary.training.crew import CrewPool
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 FACES = "margin_softmax softmax adaptive_margin queue_augmented curriculum probabilistic set_based generative"
+LABEL_FREE = (
+    "contrastive_views mutual_information decorrelation self_distillation dense pretext clustering masked_modelling "
+    "density_ratio cross_modal augmentation"
+)
 RECIPES = {
     **dict.fromkeys(FACES.split(), "faces"),
     **dict.fromkeys(["tuple", "pairwise", "contrastive_supervised"], "retrieval"),
@@ -24,15 +28,14 @@ RECIPES = {
     "image_text": "image_text",
     "graph": "graphs",
     "interactions": "recommendation",
-    **dict.fromkeys(
-        "contrastive_views mutual_information decorrelation self_distillation dense pretext clustering "
-        "masked_modelling density_ratio cross_modal augmentation".split(),
-        "pretrain",
-    ),
+    **dict.fromkeys(LABEL_FREE.split(), "pretrain"),
 }
 # One epoch of few images: what is tested is that everything fits together.
 SHORT = {"train.epochs": 1, "train.threads": 1, "train.checkpoint_every": 0}
-SMALL_DATA = {"faces": {"data.name": "identities_small"}, "pretrain": {"data.labeled_share": 0.2}}
+SMALL_DATA: dict[str, dict[str, Any]] = {
+    "faces": {"data.name": "identities_small"},
+    "pretrain": {"data.labeled_share": 0.2},
+}
 # What the recipes' own words ask for.
 NEEDED: dict[str, dict[str, Any]] = {
     "focusface": {},

@@ -141,7 +141,7 @@ def test_groups_have_a_base_each() -> None:
     torch.testing.assert_close(AlignWithBase(groups=2)(view1, view2), halves[0] + halves[1])
     order = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
     torch.testing.assert_close(AlignWithBase(groups=2)(view1, view2, order=order), halves[0] + halves[1])
-    with pytest.raises(ValueError, match="8 channels .* 3 groups"):
+    with pytest.raises(ValueError, match=r"8 channels .* 3 groups"):
         AlignWithBase(groups=3)(view1, view2)
 
 

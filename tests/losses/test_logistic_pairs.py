@@ -26,14 +26,15 @@ def test_against_loops() -> None:
     draw = torch.Generator().manual_seed(0)
     vectors = torch.randn(9, 5, generator=draw, dtype=torch.float64)
     labels = torch.arange(9) % 3
-    positive, negative = [], []
+    positive: list[float] = []
+    negative: list[float] = []
     for i in range(9):
         for j in range(9):
             cosine = float(vectors[i] @ vectors[j] / vectors[i].norm() / vectors[j].norm()) / 0.3
             if i != j:
-                (positive if labels[i] == labels[j] else negative).append((i, j, cosine))
-    expected = sum(logistic(c) for *_, c in positive) / len(positive)
-    expected += sum(logistic(-c) for *_, c in negative) / len(negative)
+                (positive if labels[i] == labels[j] else negative).append(cosine)
+    expected = sum(map(logistic, positive)) / len(positive)
+    expected += sum(logistic(-cosine) for cosine in negative) / len(negative)
     assert float(LogisticPairs(0.3)(3 * vectors, labels)) == pytest.approx(expected, rel=1e-12)
 
 

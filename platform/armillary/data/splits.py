@@ -94,10 +94,10 @@ class PreparedData:
     Training labels count from 0 to ``num_classes - 1``. Evaluation labels do too when classes are shared (``sample``);
     in the open set (``identity``) they are the dataset's own class numbers. Where a dataset has the column
     ``clean_label``, wrong labels are trained on but not judged by. ``fingerprint`` covers the content, the kind of
-    split, ``holdout``, the image size, label noise and labelled share; not the fold and not the seed, over which results are
-    averaged. ``tables`` are those of :data:`EVALUATION_TABLES` that the dataset has, whole: rows are positions in the
-    dataset, as in ``index``. ``inputs`` are the tensors of ``BuildContext.tables``, ``tokenizer`` is that of the texts, as
-    JSON; :mod:`armillary.data.inputs` makes both.
+    split, ``holdout``, image size, label noise and labelled share; not the fold and not the seed, over which results
+    are averaged. ``tables`` are those of :data:`EVALUATION_TABLES` that the dataset has, whole: rows are positions in
+    the dataset, as in ``index``. ``inputs`` are the tensors of ``BuildContext.tables``, ``tokenizer`` that of the texts
+    as JSON; :mod:`armillary.data.inputs` makes both.
     """
 
     train: ImageSet
@@ -263,7 +263,9 @@ def _fold_classes(dataset: Dataset) -> Tensor:
     there = torch.tensor(dataset.manifest.histogram).nonzero().flatten()
     if FOLD_CLASSES not in dataset.manifest.tables:
         return there
-    return torch.cat([there, torch.from_numpy(dataset.table(FOLD_CLASSES)["class"].to_numpy().copy())]).unique()
+    listed = torch.from_numpy(dataset.table(FOLD_CLASSES)["class"].to_numpy().copy())
+    classes: Tensor = torch.cat([there, listed]).unique()
+    return classes
 
 
 def _by_identity(label: Tensor, fold: int, validation: bool, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ _TIE = 1e-12
 def cross_retrieval(data: EvaluationSet) -> ProtocolResult:
     """Every image looks for its caption among all captions, every caption for its image.
 
-    The usual recall of image-text retrieval (Flickr30K, COCO): ``recall_at_k`` is the share of queries that have a right
-    answer among the k most similar. A caption that several images share word for word is right for each of them.
+    The usual recall of image-text retrieval (Flickr30K, COCO): ``recall_at_k`` is the share of queries that have a
+    right answer among the k most similar. A caption that several images share word for word is right for each of them.
     A wrong answer as similar as the best right one ranks before it. ``mean_recall`` is the mean of all six.
 
     Reads the columns ``caption_embedding (n, d)`` and, to tell equal captions, ``caption (n, length)``.

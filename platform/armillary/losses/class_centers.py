@@ -91,7 +91,8 @@ class RingLoss(nn.Module):
                 self.radius.fill_(total[0] / total[1])
             self.started.fill_(True)
         radius = self.radius.to(norms.dtype).clamp_min(self.LEAST_RADIUS)
-        return (norms - radius).square().mean() / 2
+        loss: Tensor = (norms - radius).square().mean() / 2
+        return loss
 
 
 class PairVerification(nn.Module):

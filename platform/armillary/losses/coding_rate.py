@@ -38,4 +38,5 @@ class CodingRate(nn.Module):
         centred = embeddings - total(embeddings.sum(0)) / count
         covariance = total(centred.T @ centred) / max(count - 1, 1)
         identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-        return -torch.linalg.slogdet(identity + covariance / self.noise_variance).logabsdet / 2
+        information: Tensor = torch.linalg.slogdet(identity + covariance / self.noise_variance).logabsdet / 2
+        return -information

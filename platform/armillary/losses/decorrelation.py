@@ -118,8 +118,8 @@ class BarlowTwins(_TwoViews):
 
     Args:
         redundancy: lambda >= 0; 0.005 in the paper, 0.0051 in its code.
-        eps: added to the variances, as the last batch norm of the authors' code does; 0 is the paper's equation, which a
-            channel that is constant over the batch makes undefined.
+        eps: added to the variances, as the last batch norm of the authors' code does; 0 is the paper's equation, which
+            a channel that is constant over the batch makes undefined.
         scale: a factor on the loss, > 0; some releases use 1/32 or 0.024.
         gather: statistics over all workers.
     """

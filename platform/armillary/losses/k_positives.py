@@ -121,7 +121,8 @@ def uniform_targets(count: int, dim: int, temperature: float, seed: int, steps: 
         # The centred unit vectors lie in count - 1 dimensions; these are their coordinates there.
         basis = torch.linalg.svd(centred).Vh[: max(1, count - 1)]
         corners = normalize(centred @ basis.T) if count > 1 else torch.ones(1, 1, dtype=torch.float64)
-        return (corners @ rotation[: corners.shape[1]]).float()
+        targets: Tensor = (corners @ rotation[: corners.shape[1]]).float()
+        return targets
     points = torch.randn(count, dim, generator=draw).requires_grad_()
     optimizer = torch.optim.Adam([points], lr=0.1)
     with torch.enable_grad():

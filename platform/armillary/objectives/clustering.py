@@ -303,7 +303,8 @@ class PCL(PrototypicalObjective):
             return None
         order = sample_keys(key(_SUBSET, self.seed, self.step), torch.arange(count, device=level.prototypes.device))
         place: Tensor = order.argsort(stable=True).argsort(stable=True)
-        return (place < wanted)[None, :]
+        allowed: Tensor = (place < wanted)[None, :]
+        return allowed
 
 
 @register

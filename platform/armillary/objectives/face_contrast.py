@@ -211,7 +211,8 @@ class FocusFace(ClassHeadObjective):
         wears = torch.ones_like(batch.label)
         seen = (F.cross_entropy(of_bare, 0 * wears) + F.cross_entropy(of_masked, wears)) / 2
         metrics.update(agreement=agreement.detach(), mask_entropy=seen.detach())
-        return identity + options.mask_weight * seen + options.agreement_weight * agreement
+        loss: Tensor = identity + options.mask_weight * seen + options.agreement_weight * agreement
+        return loss
 
     @staticmethod
     @float32_math
@@ -220,7 +221,7 @@ class FocusFace(ClassHeadObjective):
         anchor, positive = local.chunk(2)
         # Views differ by the mask alone: a place is free where both show the same pixels.
         hidden = (batch.views[0] - batch.views[1]).abs().amax(dim=1, keepdim=True) > _SAME
-        free = F.adaptive_avg_pool2d(1 - hidden.to(maps.dtype), maps.shape[2:]).flatten(1)
+        free = F.adaptive_avg_pool2d(1 - hidden.to(maps.dtype), (maps.shape[2], maps.shape[3])).flatten(1)
         weight = attention.chunk(2)[0].flatten(1).softmax(dim=1) * free
         weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-6)
         everyone, labels = all_gather(anchor), gather_no_grad(batch.label)

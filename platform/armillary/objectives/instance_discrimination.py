@@ -231,5 +231,5 @@ class PIRL(BankObjective):
 
 def cut_tiles(puzzle: Tensor, tiles: int) -> Tensor:
     """A puzzle ``(B, C, tiles * h, tiles * w)`` as its tiles ``(B * tiles ** 2, C, h, w)``, an image's in rows."""
-    cut: Tensor = puzzle.unflatten(2, (tiles, -1)).unflatten(4, (tiles, -1))  # type: ignore[no-untyped-call]
+    cut: Tensor = puzzle.unflatten(2, (tiles, -1)).unflatten(4, (tiles, -1))
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)

@@ -69,7 +69,7 @@ class DataSpec(Section):
     )
     load: Literal["auto", "memory", "stream"] = Field(
         "auto",
-        description="memory: decoded once, shared by the workers of a node; stream: read from the store while training; "
+        description="memory: decoded once, shared by the workers of a node; stream: read from the store in training; "
         "auto: memory up to 4 GiB decoded",
     )
     buffer: int = Field(
@@ -87,7 +87,8 @@ class BackboneSpec(OpenSection):
     """The network from image to embedding; keys beside these are options of the named backbone."""
 
     name: str = Field(
-        "small_convnet", description="small_convnet, small_vit, pixels, timm/<model>; text_transformer, word_vectors, gin"
+        "small_convnet",
+        description="small_convnet, small_vit, pixels, timm/<model>; text_transformer, word_vectors, gin",
     )
     embedding_dim: int = Field(128, ge=2, le=65536, description="width of the embedding")
     tail: tuple[Annotated[int, Field(ge=2, le=65536)], ...] = Field(
@@ -245,7 +246,7 @@ class StudyJob(Section):
         min_length=1,
         description="what the report ranks by (the first) and compares",
     )
-    against: tuple[str, str] | None = Field(None, description="two metrics plotted against each other, a point a variant")
+    against: tuple[str, str] | None = Field(None, description="two metrics to plot, a point for each variant")
     axis: str | None = Field(
         None, description="a dotted key with a number, e.g. data.label_noise, over which the report plots the variants"
     )

@@ -132,7 +132,7 @@ def _check_modality_of_protocols(job: TrainJob, needs: Needs) -> None:
     for name in job.evaluate.protocols:
         if _JUDGES.get(name, needs.modality) != needs.modality:
             raise UserError(
-                f"{name} judges objectives of the modality {_JUDGES[name]}, and {job.objective.name} is of {needs.modality}",
+                f"{name} judges objectives on {_JUDGES[name]}, and {job.objective.name} is one on {needs.modality}",
                 key="evaluate.protocols",
                 hint="`armillary objectives show NAME` says an objective's modality",
             )
