@@ -5,6 +5,7 @@
     return self.collapse.metrics()                       # in epoch_metrics
 
 The training loop reads the metrics by their names and marks a run whose last epoch has collapsed (:func:`verdict`).
+(Catalog: collapse_monitors.)
 """
 
 from __future__ import annotations

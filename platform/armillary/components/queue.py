@@ -1,4 +1,4 @@
-"""A queue of past keys: negatives from earlier batches, the same on every worker."""
+"""A queue of past keys: negatives from earlier batches, the same on every worker (catalog: feature_queue)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The copy is made while the objective is built, so that an engine shards teacher and student alike. Each worker then
 updates the part of the teacher that it holds from the same part of the student: no communication, and at ZeRO stage 3
-one more sharded copy of the parameters, not a whole one.
+one more sharded copy of the parameters, not a whole one. (Catalog: ema_teacher.)
 """
 
 from __future__ import annotations
