@@ -1,4 +1,4 @@
-"""A queue of past keys: negatives from earlier batches, the same on every worker (catalog: feature_queue)."""
+"""A queue of past keys: negatives from earlier batches, equal on all workers (catalog: feature_queue)."""
 
 from __future__ import annotations
 

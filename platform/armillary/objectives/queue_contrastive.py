@@ -244,7 +244,7 @@ class LooC(Objective):
     Each term is :class:`armillary.losses.key_contrast.KeyContrast`. A reconstruction: no released code is known, the
     structure is the paper's as remembered, the temperature MoCo v2's. The paper's LooC++, which puts the heads' hidden
     features side by side for evaluation, is not offered: the encoder is what is kept. SynCLR for speech (catalog:
-    synclr_speech) is this loss on views of a speech synthesiser that share one factor each; the synthesiser is not part.
+    synclr_speech) is this loss on views of a speech synthesiser that share one factor each, which is not part of this.
     """
 
     name = "looc"

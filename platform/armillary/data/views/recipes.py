@@ -141,7 +141,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "moco_v2": (replace(_SIMCLR, blur=0.5),),
     # Grill et al. 2020, table 6: the first view is always blurred, the second solarized now and then.
     "byol": (replace(_BYOL, blur=1.0), replace(_BYOL, blur=0.1, solarize=0.2)),
-    # Catalog: multi_crop. DINO (Caron et al. 2021): two large crops, treated as by BYOL, and small ones (96 pixels to 224).
+    # Catalog: multi_crop. DINO (Caron et al. 2021): two large crops, treated as by BYOL, and small ones (96 px to 224).
     "multicrop": (
         replace(_GLOBAL, blur=1.0),
         replace(_GLOBAL, blur=0.1, solarize=0.2),
