@@ -12,7 +12,7 @@ from torch import Tensor
 from armillary import losses
 from armillary.losses.adaptive_scale import AdaCos, L2Softmax, P2SGrad, SigmoidWeightedArcFace, lowest_radius
 from armillary.losses.class_centers import CenterLoss, PairVerification, RingLoss
-from armillary.losses.hard_classes import CurricularFace, MVSoftmax, SubcenterArcFace
+from armillary.losses.hard_classes import CurricularFace, DirectedArcFace, MVSoftmax, SubcenterArcFace
 from armillary.losses.margin_softmax import ArcFace, CosFace, NormFace, Softmax
 from armillary.losses.multiplied_angles import LSoftmax, SphereFace, psi
 
@@ -230,6 +230,17 @@ def test_the_survey_of_p2sgrad_weighs_samples() -> None:
     plain, _ = on_cosines(ArcFace, COSINES, reduction="none")
     weight = torch.sigmoid(-2 * torch.tensor([0.8, 0.4], dtype=torch.float64))
     torch.testing.assert_close(weighted(features, LABELS), weight * plain(features, LABELS))
+
+
+def test_the_survey_of_mv_softmax_corrects_directions() -> None:
+    corrected, features = on_cosines(DirectedArcFace, COSINES, correction=1.0, reduction="none")
+    plain, _ = on_cosines(ArcFace, COSINES, scale=32.0, reduction="none")
+    expected = []
+    for x, own, predicted in zip(features, (0, 1), (0, 0), strict=True):
+        towards = corrected.weight[predicted] - x
+        expected.append(abs(float(towards @ (corrected.weight[own] - x) / towards.norm())))
+    found = corrected(features, LABELS) - plain(features, LABELS)
+    assert found.tolist() == pytest.approx(expected)
 
 
 class TestTerms:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from armillary import collectives
 from armillary.losses.class_chunks import Rows
-from armillary.losses.class_head import ClassHeadLoss, Columns, Samples
+from armillary.losses.class_head import ClassHeadLoss, Columns, HeadTerms, Samples
 from armillary.losses.margin_softmax import ArcFace, shifted_cosine
 from armillary.losses.tensors import check_choice, normalize
 
@@ -28,8 +30,7 @@ class MVSoftmax(ClassHeadLoss):
         h = exp(s t I_k) (fixed)  or  exp(s t (cos_k + 1) I_k) (adaptive)
 
     As in the authors' code the target carries the margin only where cos_y > 0 (``easy_margin``), while I_k always
-    compares with the margined value. The survey prints another loss, ArcFace with a distance between a sample's
-    residuals to its own and to the predicted class row; it is not offered.
+    compares with the margined value. The survey prints another loss, :class:`DirectedArcFace`.
 
     Args:
         num_classes: C.
@@ -77,6 +78,44 @@ class MVSoftmax(ClassHeadLoss):
         """Cos + t (fixed) or (1 + t) cos + t (adaptive) above f, the cosine below."""
         factor = 1 + self.emphasis if self.mode == "adaptive" else 1.0
         return torch.where(cosine > columns["margined"], factor * cosine + self.emphasis, cosine)
+
+
+class DirectedArcFace(ArcFace):
+    """The survey's reading of MV-Softmax: ArcFace, and features drawn along the direction to the predicted class.
+
+    ``L = L_ArcFace + lambda mean_i |v_i / |v_i| . (c_y - x_i)|,  v_i = c_p - x_i``, p the predicted class; x and the
+    class rows c at unit length, c without gradient.
+
+    Args:
+        num_classes: C.
+        embedding_dim: width of x.
+        margin: m in radians, 0 to pi / 2.
+        scale: s.
+        correction: lambda >= 0.
+        reduction: ``mean`` or ``none``.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        margin: float = 0.5,
+        scale: float = 32.0,
+        correction: float = 0.1,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(num_classes, embedding_dim, margin, scale, reduction=reduction)
+        self.correction = correction
+
+    def head_terms(self, samples: Samples) -> HeadTerms:
+        """ArcFace's losses with the correction added."""
+        terms = super().head_terms(samples)
+        unit = normalize(samples.embeddings)
+        own, predicted = (
+            normalize(self.rows_of(labels.squeeze(1)).to(unit.dtype)) for labels in (samples.labels, terms.predicted)
+        )
+        along = (normalize(predicted - unit) * (own - unit)).sum(dim=1, keepdim=True)
+        return replace(terms, losses=terms.losses + self.correction * along.abs())
 
 
 class CurricularFace(ArcFace):

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from armillary.losses.hard_classes import CurricularFace, MVSoftmax, SubcenterArcFace
+from armillary.losses.hard_classes import CurricularFace, DirectedArcFace, MVSoftmax, SubcenterArcFace
 from armillary.objectives import base
-from armillary.objectives.base import Citation, Convergence
+from armillary.objectives.base import BuildContext, Citation, Convergence
 from armillary.objectives.bases import ClassHeadObjective
 from armillary.objectives.margin_softmax import MAX_SCALE, SMALL_DATA
 from armillary.objectives.registry import register
@@ -41,6 +41,17 @@ class MVSoftmaxObjective(ClassHeadObjective):
         mode: Literal["adaptive", "fixed"] = Field("adaptive", description="whether t grows with the cosine")
         base: Literal["am", "arc"] = Field("am", description="margin on the cosine or on the angle")
         easy_margin: bool = Field(True, description="margin only where the cosine is above 0, as the authors' code has")
+        formulation: Literal["paper", "survey"] = Field("paper", description="survey: ArcFace with a correction")
+        correction: float = Field(0.1, ge=0, le=10, description="survey: weight of the correction's length")
+
+    def build(self, context: BuildContext) -> None:
+        """Makes the loss with its head."""
+        options, size = self.hyperparameters, (context.num_classes, context.embedding_dim)
+        if options.formulation == "survey":
+            self.loss = DirectedArcFace(*size, options.margin, options.scale, options.correction)
+        else:
+            chosen = options.model_dump(exclude={"formulation", "correction"})
+            self.loss = MVSoftmax(*size, **chosen)
 
 
 @register
