@@ -84,7 +84,9 @@ class HardNegativeNCE(nn.Module):
             matrix, number = logits.detach(), len(block.columns) - 2
             log_p = two.of(matrix, 0.0).sum(dim=1)
             if number < 1:
-                return with_slope(logits, 0 * log_p, matrix.zero_()), log_p * self.temperature, torch.ones_like(log_p)
+                with torch.enable_grad():
+                    nothing = with_slope(logits, 0 * log_p, torch.zeros_like(matrix))
+                return nothing, log_p * self.temperature, torch.ones_like(log_p)
             matrix.scatter_(1, two.columns, empty_logit(matrix.dtype))
             high, low, log_r = self._powers(matrix)
             losses, by_r, by_p, floored = self._debiased(log_p, log_r + math.log(number), number)

@@ -126,6 +126,7 @@ class QGFaceObjective(ClassHeadObjective):
         batch_coupled=True,
     )
     waivers: ClassVar[Mapping[str, str]] = {
+        "gradcheck[qgface]": "the statistics of the lengths have no gradient",
         "gradcheck[qgface-formulation=survey]": "the queue, which is the batch, has no gradient",
     }
     convergence = Convergence(

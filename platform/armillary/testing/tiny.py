@@ -56,6 +56,8 @@ SMALL = {
     "context_dim": 8,
     "patches": 5,
     "horizon": 2,
+    "frozen_steps": 0,
+    "clusters": (4, 2),
 }
 
 
