@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from armillary.spec import document
 from armillary.spec.errors import UserError
 from armillary.spec.home import resources
-from armillary.spec.jobs import EvaluateJob, RegressionJob, StudyJob, SweepJob, TrainJob
+from armillary.spec.jobs import ChainJob, EvaluateJob, RegressionJob, StudyJob, SweepJob, TrainJob
 from armillary.spec.loading import apply_overrides, config_digest, digest, dump_job, load_job, located
 from armillary.spec.spaces import Range, load_space
 
@@ -57,7 +57,7 @@ def test_shipped_jobs_survive_a_round_trip(name: str) -> None:
 
 def test_every_kind_ships_and_loads() -> None:
     kinds = {type(load_job(name)) for name in resources("jobs")}
-    assert kinds == {TrainJob, SweepJob, StudyJob, RegressionJob}
+    assert kinds == {TrainJob, SweepJob, StudyJob, ChainJob, RegressionJob}
     Path("job.yaml").write_text("kind: evaluate\nrun: abc\n")
     assert isinstance(load_job("job.yaml"), EvaluateJob)
 

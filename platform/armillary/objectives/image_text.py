@@ -87,7 +87,8 @@ class CLIP(ImageTextObjective):
     def build(self, context: BuildContext) -> None:
         """Makes text tower, scale and loss."""
         super().build(context)
-        start = torch.tensor(math.log(self.hyperparameters.init_logit_scale))
+        # Not a scalar: engines share parameters out by their first dimension.
+        start = torch.full((1,), math.log(self.hyperparameters.init_logit_scale))
         self.log_scale = nn.Parameter(start, requires_grad=self.hyperparameters.learn_scale)
         self.loss = SymmetricInfoNCE()
 

@@ -56,8 +56,20 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     return get_close_matches(str(name), list(candidates), n=count, cutoff=0.5)
 
 
+# A longer list than this is no help in a message.
+MANY = 24
+
+
 def unknown_name(kind: str, name: str, candidates: Sequence[str], **context: str | None) -> UserError:
     """The error for a name that is not in a closed set, with the nearest ones and the whole set."""
     close = nearest(name, candidates)
     hint = f"did you mean {' or '.join(repr(item) for item in close)}?" if close else None
-    return UserError(f"unknown {kind} {name!r}", allowed=", ".join(sorted(candidates)), hint=hint, **context)
+    return UserError(f"unknown {kind} {name!r}", allowed=listed(candidates, close), hint=hint, **context)
+
+
+def listed(candidates: Sequence[str], close: Sequence[str] = ()) -> str:
+    """What is allowed, in words: all of a short list, the nearest of a long one."""
+    if len(candidates) <= MANY:
+        return ", ".join(sorted(candidates))
+    shown = close or sorted(candidates)[:MANY]
+    return f"{', '.join(shown)} ... ({len(candidates)} in all)"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from armillary.spec.environment import FromEnvironment
-from armillary.spec.errors import UserError, nearest
+from armillary.spec.errors import UserError, listed, nearest
 from armillary.spec.home import resource, resources
 
 
@@ -48,7 +48,7 @@ def find(
         f"there is no file {quoted}",
         where=where,
         key=key,
-        allowed=f"a YAML file, or one that ships with Armillary: {', '.join(resources(folder))}",
+        allowed=f"a YAML file, or one that ships with Armillary: {listed(resources(folder))}",
         hint=_suggest(folder, text, near),
     )
 
