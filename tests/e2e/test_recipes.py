@@ -41,7 +41,7 @@ SMALL_DATA: dict[str, dict[str, Any]] = {
 # What the recipes' own words ask for.
 NEEDED: dict[str, dict[str, Any]] = {
     "siamese_pose": {"data.name": "identities_small", "data.split": "identity", "evaluate.protocols": ["verification"]},
-    **dict.fromkeys(["ibot", "dinov2", "dinov3_gram", "pq"], {"views.local_size": 0.5}),
+    **{name: {"views.local_size": 0.5} for name in ("ibot", "dinov2", "dinov3_gram", "pq")},
     "maskfeat": {"objective.cell": 4},
 }
 
