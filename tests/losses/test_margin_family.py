@@ -274,8 +274,8 @@ class TestTerms:
         assert float(value) == pytest.approx(1.14589803)
         value.backward()
         assert features.grad is not None
-        assert term.radius.grad is not None
-        assert float(term.radius.grad) == pytest.approx(-0.61803399)
+        assert term.drift.grad is not None
+        assert float(term.drift.grad) == pytest.approx(-0.61803399)
         assert features.grad.flatten().tolist() == pytest.approx([0.6, 0.8, 0.17082039, -0.34164079])
         softmax = on_rows(Softmax)(FEATURES, LABELS)
         assert float(softmax + 0.01 * value) == pytest.approx(2.55521591, abs=1e-8)

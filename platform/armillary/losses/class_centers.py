@@ -73,12 +73,20 @@ class RingLoss(nn.Module):
     """
 
     LEAST_RADIUS = 1e-3
+    start: Tensor
     started: Tensor
 
     def __init__(self, radius: float | None = None) -> None:
         super().__init__()
-        self.radius = nn.Parameter(torch.full((1,), 1.0 if radius is None else radius))
+        # R is start + drift: what is set once lies outside the parameter, which an engine may have sharded.
+        self.drift = nn.Parameter(torch.zeros(1))
+        self.register_buffer("start", torch.full((1,), 1.0 if radius is None else radius))
         self.register_buffer("started", torch.tensor(radius is not None))
+
+    @property
+    def radius(self) -> Tensor:
+        """R, ``(1,)``."""
+        return self.start + self.drift
 
     @float32_math
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -87,8 +95,7 @@ class RingLoss(nn.Module):
         norms = torch.linalg.vector_norm(embeddings, dim=1)
         if self.training and not self.started:
             total = collectives.all_reduce_sum(torch.stack([norms.detach().sum(), norms.new_tensor(float(len(norms)))]))
-            with torch.no_grad():
-                self.radius.fill_(total[0] / total[1])
+            self.start.copy_((total[0] / total[1]).detach().expand(1))
             self.started.fill_(True)
         radius = self.radius.to(norms.dtype).clamp_min(self.LEAST_RADIUS)
         loss: Tensor = (norms - radius).square().mean() / 2
