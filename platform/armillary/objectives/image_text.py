@@ -98,7 +98,7 @@ class CLIP(ImageTextObjective):
         scale = self.log_scale.exp().clamp_max(self.hyperparameters.max_logit_scale)
         images, texts = self.encoder(batch.views[0]), self.text(batch.fields["caption"])
         loss = self.loss(images, texts, scale, metrics=metrics)
-        return Output(loss, metrics | {"logit_scale": scale.detach()})
+        return Output(loss, metrics | {"logit_scale": scale.detach().squeeze()})
 
 
 @register
