@@ -27,6 +27,27 @@ def test_objectives_list_names_them_all(run: Any) -> None:
     assert [line.split()[0] for line in lines[1:]] == registry.names()
 
 
+def test_the_page_of_objectives_is_what_the_command_prints(run: Any) -> None:
+    page = Path(__file__).parents[2] / "docs" / "objectives.md"
+    assert page.read_text() == run("objectives", "list", "--format", "md").stdout
+
+
+def test_objectives_are_found_by_words(run: Any) -> None:
+    found = json.loads(run("objectives", "list", "Teacher", "patch tokens", "--json").stdout)
+    assert {"dinov2", "ibot"} <= {item["name"] for item in found} < set(registry.names())
+    nothing = run("objectives", "list", "phlogiston")
+    assert nothing.exit_code == 0
+    assert "phlogiston" in nothing.stderr
+
+
+def test_objectives_show_equations_ranges_and_the_command(run: Any) -> None:
+    shown = run("objectives", "show", "arcface").stdout
+    assert "T_i = cos(theta_iy + m)" in shown
+    assert "0.1 to 0.7" in shown
+    assert "armillary run recipes/faces objective.name=arcface" in shown
+    assert ":class:" not in shown
+
+
 def test_objectives_list_as_json(run: Any) -> None:
     found = {item["name"]: item for item in json.loads(run("objectives", "list", "--json").stdout)}
     assert list(found) == registry.names()

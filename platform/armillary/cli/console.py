@@ -14,7 +14,7 @@ from rich.text import Text
 from armillary.spec.errors import UserError
 
 # A pipe has no width of its own; rich would cut tables at 80 columns, and a program could not read what is left.
-_PIPE_WIDTH = 240
+_PIPE_WIDTH = 1000
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

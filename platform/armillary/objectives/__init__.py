@@ -11,7 +11,8 @@ from armillary.objectives.base import (
     Output,
     Samples,
 )
-from armillary.objectives.registry import describe, get, hyperparameters, names, register
+from armillary.objectives.card import describe
+from armillary.objectives.registry import get, hyperparameters, names, register
 
 __all__ = [
     "Batch",

@@ -14,7 +14,7 @@ from armillary.objectives.base import Objective
 from armillary.spec.errors import UserError, nearest, unknown_name
 
 _REGISTERED: dict[str, type[Objective]] = {}
-_NOT_FAMILIES = {"base", "bases", "registry", "terms"}
+_NOT_FAMILIES = {"base", "bases", "card", "registry", "terms"}
 ENTRY_POINT_GROUP = "armillary.objectives"
 
 
@@ -95,26 +95,3 @@ def legal_range(cls: type[Objective], key: str) -> str | None:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = " and ".join(f"{sign} {schema[word]:g}" for word, sign in signs.items() if word in schema)
     return ", ".join(part for part in (str(schema.get("type", "")), bounds) if part) or None
-
-
-def describe(name: str) -> dict[str, Any]:
-    """Everything a listing shows of an objective, as plain values."""
-    cls = get(name)
-    schema = cls.Hyperparameters.model_json_schema().get("properties", {})
-    return {
-        "name": cls.name,
-        "family": cls.family,
-        "catalog_id": cls.catalog_id,
-        "summary": (cls.__doc__ or "").strip().split("\n")[0],
-        "needs": cls.needs.as_dict(),
-        "hyperparameters": [
-            {
-                "name": key,
-                "default": field.get_default(call_default_factory=False),
-                "allowed": legal_range(cls, key),
-                "description": schema.get(key, {}).get("description"),
-            }
-            for key, field in cls.Hyperparameters.model_fields.items()
-        ],
-        "citation": vars(cls.citation),
-    }
