@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armillary.cli.console import print_json, print_note, print_table, table
+from armillary.cli.console import number, print_json, print_note, print_table, table
 
 if TYPE_CHECKING:
     from armillary.procedures.cleaning import CleaningReport
@@ -80,7 +80,7 @@ def _retrain(job: TrainJob, before: dict[str, float], as_json: bool) -> dict[str
         record = run_tracked(job, on_epoch=bar.report)
     if not as_json:
         rows = [
-            (metric, f"{before[metric]:.4f}" if metric in before else None, f"{value:.4f}")
+            (metric, number(before.get(metric)), number(value))
             for metric, value in record.metrics.items()
             if not metric.startswith("train/")
         ]

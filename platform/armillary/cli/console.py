@@ -48,14 +48,26 @@ def table(
     return result
 
 
+def number(value: float | None) -> str:
+    """A measured value: four decimals, or three digits where those would print as nothing."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
 def page() -> Console:
     """Where results go: standard output, as wide as the terminal; into a pipe or file, uncut."""
     return out if out.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
 def print_table(value: Table) -> None:
-    """Prints a table of results."""
-    page().print(value)
+    """Prints a table of results, its title on a line of its own."""
+    console = page()
+    if value.title:
+        # Rich would fold it to the width of the table.
+        console.print(value.title, style="italic", markup=False, soft_wrap=True)
+        value.title = None
+    console.print(value)
 
 
 def print_error(error: UserError) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armillary.cli.console import err, out, print_json, print_note, print_table, table
+from armillary.cli.console import err, number, out, print_json, print_note, print_table, table
 from armillary.spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def evaluate(
         listed = [str(path) for path in written]
         print_json({"subject": subject, "seed": seed, "metrics": metrics, "warnings": warnings, "files": listed})
         return
-    rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
+    rows = [(name, number(value)) for name, value in metrics.items()]
     print_table(table(("metric", ("value", "right")), rows, title=subject))
     for sentence in warnings:
         err.print(f"warning: {sentence}", style="yellow", markup=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armillary.cli.console import page, print_json, print_note, print_table, table
+from armillary.cli.console import number, page, print_json, print_note, print_table, table
 from armillary.spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _print(record: RunRecord, as_json: bool) -> None:
     if as_json:
         print_json(record.model_dump())
         return
-    rows = [(name, f"{value:.4f}") for name, value in record.metrics.items()]
+    rows = [(name, number(value)) for name, value in record.metrics.items()]
     print_table(table(("metric", ("value", "right")), rows, title=f"{record.run_id} ({record.seconds:.1f} s)"))
     for warning in record.warnings:
         print_note(f"warning: {warning}")
@@ -137,7 +137,6 @@ def _chain(job: ChainJob, as_json: bool) -> None:
         return
     names = list(dict.fromkeys(name for record in records.values() for name in record.metrics if "train/" not in name))
     rows = [
-        (step, *(f"{record.metrics[name]:.4f}" if name in record.metrics else "-" for name in names), record.run_id)
-        for step, record in records.items()
+        (step, *(number(record.metrics.get(name)) for name in names), record.run_id) for step, record in records.items()
     ]
     print_table(table(("step", *((name, "right") for name in names), "run"), rows, title=job.name))

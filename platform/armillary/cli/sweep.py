@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armillary.cli.console import print_json, print_note, print_table, table
+from armillary.cli.console import number, print_json, print_note, print_table, table
 from armillary.spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def print_trials(result: SweepResult) -> None:
     rows = [
         (
             "best" if result.best and trial.run_id == result.best.run_id else "",
-            "-" if trial.value is None else f"{trial.value:.4f}",
+            number(trial.value),
             trial.epochs,
             *(f"{value:.4g}" if isinstance(value, float) else value for value in trial.parameters.values()),
             trial.run_id,
