@@ -33,8 +33,8 @@ demo: install  ## Sweep, train, evaluate and rank on real faces, in a few minute
 
 install-bench: $(VENV)/.installed-bench  ## Install the peers that the benchmarks run beside us
 
-bench: install-bench  ## Every figure as a ratio to a peer or to its floor, measured in the same run
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: install-bench  ## Every figure as a ratio to a peer or to its floor, then a verdict for every goal (BENCH=names)
+	@$(BIN)/python bench/_all.py $(BENCH) $(if $(JSON),--json $(JSON))
 
 test: install-test lint types imports  ## Lint, types, import rules and every test
 	$(PYTEST)

@@ -7,20 +7,16 @@ forward, backward and the gradients of embeddings and rows. Ways take turns; eac
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from _measure import MEGABYTE, Report, arguments, best_times, growth_during, in_fresh_process, resident
 from armillary.losses import ArcFace, ClassHeadLoss
 
 BATCH, MARGIN, SCALE = 256, 0.5, 64.0
-MEGABYTE = 2**20
 
 
 def inputs(classes: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -63,19 +59,7 @@ def products(weight: Tensor, embeddings: Tensor) -> None:
     _ = logits.T @ embeddings
 
 
-def best_times(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Seconds of each way's fastest repetition; the ways alternate."""
-    times = dict.fromkeys(ways, math.inf)
-    for repetition in range(repetitions + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if repetition:
-                times[name] = min(times[name], time.perf_counter() - start)
-    return times
-
-
-def speed(repetitions: int) -> None:
+def speed(repetitions: int, report: Report) -> None:
     """Seconds a step, and how far results are apart."""
     classes, dim = 100_000, 256
     embeddings, labels = inputs(classes, dim)
@@ -98,15 +82,20 @@ def speed(repetitions: int) -> None:
     for name, seconds in times.items():
         print(f"  {name:26s} {seconds:7.3f} s")
     ours, theirs, bf16 = times["arcface"], times["pytorch-metric-learning"], times["arcface, bf16 products"]
-    print(f"  faster than the peer: {theirs / ours:.2f}x (at least 3), with bf16 {theirs / bf16:.2f}x (at least 6)")
-    print(f"  over the three products: {ours / times['three products']:.2f}x (at most 1.6)")
-    print(f"  the margin costs {100 * (ours / times['plain softmax'] - 1):+.1f}% (below 10%)")
-    compare(arcface, reference, embeddings, labels, "random embeddings")
+    report.goal("times the peer's speed", theirs / ours, at_least=3, unit="x")
+    report.goal("times the peer's speed, bf16 products", theirs / bf16, at_least=6, unit="x")
+    report.goal("times the three products", ours / times["three products"], at_most=1.6, unit="x")
+    report.goal(
+        "what the margin costs over plain softmax", 100 * (ours / times["plain softmax"] - 1), at_most=10, unit="%"
+    )
+    compare(arcface, reference, embeddings, labels, "random embeddings", report)
     near = torch.nn.functional.normalize(weight[labels]) + 0.06 * embeddings
-    compare(arcface, reference, near, labels, "embeddings near their rows")
+    compare(arcface, reference, near, labels, "embeddings near their rows", report)
 
 
-def compare(ours: ClassHeadLoss, theirs: torch.nn.Module, embeddings: Tensor, labels: Tensor, name: str) -> None:
+def compare(
+    ours: ClassHeadLoss, theirs: torch.nn.Module, embeddings: Tensor, labels: Tensor, name: str, report: Report
+) -> None:
     """How far bf16 products are from float32 ones, and those from the peer."""
     exact, gradient = step(ours, embeddings, labels)
     rows = ours.weight.grad
@@ -118,16 +107,10 @@ def compare(ours: ClassHeadLoss, theirs: torch.nn.Module, embeddings: Tensor, la
     cosines = [float(torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0)) for a, b in pairs]
     print(f"  {name} (loss {exact:.3f})")
     print(f"    bf16: loss off by {abs(found / exact - 1):.1e}, cosine of gradients {cosines[0]:.5f}, {cosines[1]:.5f}")
+    report.goal(f"bf16 loss off, {name}", abs(found / exact - 1), at_most=0.01)
+    report.goal(f"bf16 cosine of gradients, {name}", min(cosines), at_least=0.999)
     off = float((gradient - other_gradient).abs().max() / other_gradient.abs().max())
     print(f"    against the peer: loss off by {abs(exact / other - 1):.1e}, gradient by {off:.1e}")
-
-
-def resident(field: str) -> int:
-    """A line of this process' memory status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 def measure_memory(way: str, classes: int, dim: int) -> None:
@@ -139,14 +122,11 @@ def measure_memory(way: str, classes: int, dim: int) -> None:
         assert isinstance(loss, ArcFace)
         loss = peer(loss.weight.detach())
     embeddings, labels = inputs(classes, dim)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    step(loss, embeddings, labels)
-    peak = resident("VmHWM")
-    print(peak - before - 4 * classes * dim, peak)
+    grown = growth_during(lambda: step(loss, embeddings, labels))
+    print(grown - 4 * classes * dim, resident("VmHWM"))
 
 
-def memory() -> None:
+def memory(report: Report) -> None:
     """Peaks, each in a process of its own."""
     print("\npeak memory of a step, above weights, their gradient and inputs")
     for way, classes, dim in (
@@ -154,13 +134,18 @@ def memory() -> None:
         ("pytorch-metric-learning", 100_000, 256),
         ("ours", 1_000_000, 128),
     ):
-        command = [sys.executable, __file__, "--memory", way, str(classes), str(dim)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = in_fresh_process(__file__, "--memory", way, classes, dim)
         extra, peak = (int(word) for word in output.split()[-2:])
         print(f"  {way:26s} {classes:9,} x {dim}: {extra / MEGABYTE:6.0f} MB; process {peak / MEGABYTE:6.0f} MB")
+        if (way, classes) == ("ours", 100_000):
+            report.goal("extra memory at 100,000 classes", extra / MEGABYTE, at_most=64, unit=" MB")
+        else:
+            report.figure(f"extra MB, {way}, {classes} classes", extra / MEGABYTE)
+        if classes == 1_000_000:
+            report.goal("whole process at 1,000,000 classes", peak / 1e9, at_most=6, unit=" GB")
 
 
-def growth(repetitions: int) -> None:
+def growth(repetitions: int, report: Report) -> None:
     """Seconds against the number of classes."""
     counts, dim = (10_000, 100_000, 1_000_000), 128
     seconds = []
@@ -171,18 +156,21 @@ def growth(repetitions: int) -> None:
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
     table = ", ".join(f"{count:,}: {value:.3f} s" for count, value in zip(counts, seconds, strict=True))
     print(f"\ngrowth at dim {dim}: {table}; slope in log-log {slope:.2f}")
+    report.goal("growth with classes, slope in log-log", slope, at_most=1.1)
 
 
-def main() -> None:
+def main() -> int:
     """Prints every figure."""
     if sys.argv[1:2] == ["--memory"]:
         measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-        return
-    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-    speed(repetitions)
-    memory()
-    growth(max(2, repetitions // 2))
+        return 0
+    given = arguments(__doc__, repetitions=7)
+    report = Report("class_head", given.json)
+    speed(given.repetitions, report)
+    memory(report)
+    growth(max(2, given.repetitions // 2), report)
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,12 +7,13 @@ compare 4,096 views; the queue losses 2,048 queries with 4,096 keys. Ways take t
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from _measure import Report, arguments, best_times
 from armillary.losses import NTXent
 from armillary.losses.hard_negatives import HardNegativeNCE, MixedNegatives, Mixtures
 from armillary.losses.k_positives import KPositives
@@ -54,25 +55,23 @@ def ways() -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def seconds(loss: Callable[[Tensor], Tensor], view: Tensor) -> float:
+def step(loss: Callable[[Tensor], Tensor], view: Tensor) -> None:
     """One forward and backward pass."""
-    leaf = view.clone().requires_grad_()
-    start = time.perf_counter()
-    loss(leaf).backward()
-    return time.perf_counter() - start
+    loss(view.clone().requires_grad_()).backward()
 
 
-def main(repetitions: int) -> None:
+def main() -> int:
     """Prints each way's best time and its ratio to NT-Xent's."""
+    given = arguments(__doc__, repetitions=7)
+    report = Report("contrastive", given.json)
     view = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(1))
-    best: dict[str, float] = {}
-    found = ways()
-    for _ in range(repetitions):
-        for name, loss in found.items():
-            best[name] = min(best.get(name, float("inf")), seconds(loss, view))
+    best = best_times({name: partial(step, loss, view) for name, loss in ways().items()}, given.repetitions)
     for name, value in best.items():
         print(f"{name:32s} {1000 * value:8.1f} ms   {value / best['NT-Xent']:.2f} of NT-Xent")
+        if name != "NT-Xent":
+            report.goal(f"{name}, of NT-Xent's time", value / best["NT-Xent"], at_most=1.15, unit="x")
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
+    sys.exit(main())

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from _measure import Report, in_fresh_process, parser, resident
 
 WIDTH = 512
 # Limits: seconds on two cores, and peak bytes of the whole process.
@@ -54,36 +54,28 @@ def measure(protocol: str, size: int, classes: int, spread: float) -> dict[str, 
     return {
         "wall": time.perf_counter() - wall,
         "cpu": time.process_time() - cpu,
-        "peak": peak_memory(),
+        "peak": resident("VmHWM"),
         "metrics": {name: metrics[f"{protocol}/{name}"] for name in SHOWN[protocol]},
     }
 
 
-def peak_memory() -> int:
-    """Bytes this process held at most; the kernel's rusage would count what its parent held before it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def large(scale: float, spread: float) -> bool:
-    """Runs the large cases; says whether all stayed within their limits."""
-    held = True
+def large(scale: float, spread: float, report: Report) -> None:
+    """Runs the large cases, each in a process of its own."""
     for protocol, size, classes, seconds, peak in CASES:
         size = int(size * scale)
-        arguments = [sys.executable, __file__, "--case", protocol, str(size), str(classes), str(spread)]
-        found = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
-        within = found["wall"] <= seconds and found["peak"] <= peak
-        held &= within
+        found = json.loads(in_fresh_process(__file__, "--case", protocol, size, classes, spread))
         shown = ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
         print(
-            f"{protocol:12} {size} x {WIDTH}, {classes} classes: {found['wall']:.1f} s ({found['cpu']:.1f} s of cores; "
-            f"limit {seconds} s), {found['peak'] / 1e9:.2f} GB (limit {peak / 1e9:.1f} GB)"
-            f"{'' if within else '  OVER THE LIMIT'}\n             {shown}"
+            f"{protocol:12} {size} x {WIDTH}, {classes} classes: {found['wall']:.1f} s "
+            f"({found['cpu']:.1f} s of cores), {found['peak'] / 1e9:.2f} GB\n             {shown}",
+            flush=True,
         )
-    return held
+        name = f"{protocol}, {size:,} x {WIDTH}, {classes:,} classes"
+        report.goal(f"{name}, time", found["wall"], at_most=seconds, unit=" s")
+        report.goal(f"{name}, memory", found["peak"] / 1e9, at_most=peak / 1e9, unit=" GB")
 
 
-def against_scikit_learn(size: int) -> None:
+def against_scikit_learn(size: int, report: Report) -> None:
     """All pairs of a small set: ``roc_curve`` on the listed scores."""
     from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -104,11 +96,14 @@ def against_scikit_learn(size: int) -> None:
     worst = max(abs(metrics[f"verification/{name}"] - value) for name, value in expected.items())
     print(
         f"verification {size} x {WIDTH}: scikit-learn's roc_curve {theirs:.2f} s, ours {ours:.2f} s with accuracy too "
-        f"({theirs / ours:.1f} times as fast); largest difference {worst:.1e}"
+        f"({theirs / ours:.1f} times as fast); largest difference {worst:.1e}",
+        flush=True,
     )
+    report.figure("verification, times scikit-learn's speed", theirs / ours)
+    report.goal("verification, difference from scikit-learn", worst, at_most=1e-9)
 
 
-def against_metric_learning(size: int) -> None:
+def against_metric_learning(size: int, report: Report) -> None:
     """Recall@1 and MAP@R of a small set by pytorch-metric-learning's calculator."""
     import torch
     from pytorch_metric_learning.distances import CosineSimilarity
@@ -131,24 +126,29 @@ def against_metric_learning(size: int) -> None:
     worst = max(abs(metrics[f"retrieval/{name}"] - found[theirs_name]) for theirs_name, name in wanted.items())
     print(
         f"retrieval    {size} x {WIDTH}: pytorch-metric-learning (float32, no MAP) {theirs:.2f} s, ours {ours:.2f} s "
-        f"({theirs / ours:.1f} times as fast); largest difference {worst:.1e}"
+        f"({theirs / ours:.1f} times as fast); largest difference {worst:.1e}",
+        flush=True,
     )
+    report.figure("retrieval, times pytorch-metric-learning's speed", theirs / ours)
+    report.goal("retrieval, difference from pytorch-metric-learning", worst, at_most=1e-9)
 
 
 def main() -> int:
     """Prints the figures; 1 when a large case went over its limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the large sets; limits are for 1")
-    parser.add_argument("--spread", type=float, default=0.4, help="of class centers; 0 is noise, the worst case")
-    parser.add_argument("--case", nargs=4, metavar=("PROTOCOL", "SIZE", "CLASSES", "SPREAD"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--scale", type=float, default=1.0, help="of the large sets; limits are for 1")
+    options.add_argument("--spread", type=float, default=0.4, help="of class centers; 0 is noise, the worst case")
+    options.add_argument("--case", nargs=4, metavar=("PROTOCOL", "SIZE", "CLASSES", "SPREAD"), help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     if arguments.case:
         protocol, size, classes, spread = arguments.case
         print(json.dumps(measure(protocol, int(size), int(classes), float(spread))))
         return 0
-    against_scikit_learn(3000)
-    against_metric_learning(6000)
-    return 0 if large(arguments.scale, arguments.spread) else 1
+    report = Report("evaluation", arguments.json)
+    against_scikit_learn(3000, report)
+    against_metric_learning(6000, report)
+    large(arguments.scale, arguments.spread, report)
+    return report.finish()
 
 
 if __name__ == "__main__":

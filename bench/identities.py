@@ -6,6 +6,7 @@ The floor is what the core does when it only multiplies: a picture takes about t
 
 from __future__ import annotations
 
+import sys
 import time
 from itertools import islice
 
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from _measure import Report, arguments
 from armillary.data.identities import IdentitiesSpec, records
 
 COUNT = 1536
@@ -43,17 +45,22 @@ def floor(size: int) -> float:
     return rounds * len(block) / (time.process_time() - start) / (PASSES * size * size)
 
 
-def main() -> None:
+def main() -> int:
     """Prints the table."""
+    report = Report("identities", arguments(__doc__).json)
     torch.set_num_threads(1)
     next(records(IdentitiesSpec()))
     table = Table("side", "images/s of a core", "goal", "floor", "of the floor", box=None)
     for size in (32, 64, 112):
         reached, bound = images_per_second(size), floor(size)
         goal = f"{GOAL[size]:,}" if size in GOAL else ""
+        if size in GOAL:
+            report.goal(f"images/s of a core at {size} px", reached, at_least=GOAL[size])
+        report.figure(f"images/s at {size} px, of the floor", reached / bound)
         table.add_row(f"{size} px", f"{reached:,.0f}", goal, f"{bound:,.0f}", f"{reached / bound:.0%}")
     Console().print(table)
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,6 @@ a second by the wall clock, which a busy machine blurs; processor time an image,
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import statistics
@@ -27,6 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
+from _measure import Report, parser
 from armillary.data.loader import in_order
 from armillary.data.samplers import Population
 from armillary.data.splits import prepare
@@ -122,7 +122,7 @@ def floor(files: list[bytes]) -> tuple[float, float]:
     return min(cost(simplejpeg.decode_jpeg) for _ in range(3)), pillow
 
 
-def compare(size: int, images: int, rounds: int) -> bool:
+def compare(size: int, images: int, rounds: int, report: Report) -> None:
     """Prints a row; whether the floor was reached."""
     files = [(at * CLASSES // images, data) for at, data in enumerate(photographs(images, size))]
     with tempfile.TemporaryDirectory() as folder:
@@ -149,21 +149,23 @@ def compare(size: int, images: int, rounds: int) -> bool:
     for name, title in (("peer", "ImageFolder + DataLoader"), ("ours", "stream")):
         print(f"  {title:25} {medians[name][0]:8,.0f} images/s  {medians[name][1]:6.0f} us of processor time an image")
     print(f"  ratio {ratio:.2f} (rounds {min(each):.2f} to {max(each):.2f}); at least {FLOOR:g} wanted")
+    report.goal(f"{size} px JPEGs, times ImageFolder + DataLoader's images/s", ratio, at_least=FLOOR, unit="x")
     print(f"  decoding alone: {turbo:.0f} us with libjpeg-turbo, {pillow:.0f} us with Pillow")
-    return bool(ratio >= FLOOR)
 
 
 def main() -> int:
     """Prints a row for JPEGs of 64 and of 112 pixels; 1 if one of them is below the floor."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=8192)
+    options.add_argument("--rounds", type=int, default=5)
+    arguments = options.parse_args()
+    report = Report("loader", arguments.json)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:
         os.environ["ARMILLARY_HOME"] = home
-        reached = [compare(size, arguments.images, arguments.rounds) for size in (64, 112)]
-    return 0 if all(reached) else 1
+        for size in (64, 112):
+            compare(size, arguments.images, arguments.rounds, report)
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ function that makes (step of ours, step of theirs) on the same inputs.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 
 import lightly.loss as peer
 import torch
 from torch import Tensor
 
+from _measure import Report, arguments, best_times
 from armillary.components.center import Center
 from armillary.losses.self_distillation import CrossViewEntropy, KoLeo, MaskedPatchEntropy, centered_targets
 
@@ -78,25 +78,17 @@ def backward(loss: Tensor, inputs: Tensor) -> None:
     loss.backward()
 
 
-def best(steps: list[Step], repetitions: int) -> list[float]:
-    """Each step's best time in milliseconds; they take turns."""
-    times = [float("inf")] * len(steps)
-    for _ in range(repetitions):
-        for number, step in enumerate(steps):
-            start = time.perf_counter()
-            step()
-            times[number] = min(times[number], 1000 * (time.perf_counter() - start))
-    return times
-
-
-def main() -> None:
+def main() -> int:
     """Prints a line a method."""
-    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    given = arguments(__doc__, repetitions=15)
+    report = Report("ssl_losses", given.json)
     print(f"{'loss':<14} {'ours ms':>9} {'lightly ms':>11} {'ratio':>7}   (above 1: ours is faster)")
     for name, make in TABLE.items():
-        ours, theirs = best(list(make()), repetitions)
-        print(f"{name:<14} {ours:9.2f} {theirs:11.2f} {theirs / ours:7.2f}")
+        ours, theirs = best_times(dict(zip(("ours", "lightly"), make(), strict=True)), given.repetitions).values()
+        print(f"{name:<14} {1000 * ours:9.2f} {1000 * theirs:11.2f} {theirs / ours:7.2f}", flush=True)
+        report.goal(f"{name}, times lightly's speed", theirs / ours, at_least=1, unit="x")
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

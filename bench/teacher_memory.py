@@ -8,15 +8,17 @@ on each of two workers.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
+import sys
+import warnings
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from _measure import Report, parser
 from armillary import collectives
 from armillary.components.heads import DINOHead
 from armillary.components.schedules import Schedule
@@ -65,6 +67,7 @@ def measure(kind: type[Step], width: int, depth: int, zero: int) -> dict[str, fl
     """Bytes on this worker after three steps."""
     from armillary.training.engine import Engine
 
+    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls names that torch has renamed
     gc.collect()
     before = psutil.Process().memory_info().rss
     encoder = small_transformer(3, (SIDE, SIDE), width, width=width, depth=depth, heads=4, patch=8)
@@ -108,13 +111,14 @@ def held(module: nn.Module) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1))
 
 
-def main() -> None:
+def main() -> int:
     """Prints the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--zero", type=int, default=3)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--width", type=int, default=512)
+    options.add_argument("--depth", type=int, default=6)
+    options.add_argument("--zero", type=int, default=3)
+    arguments = options.parse_args()
+    report = Report("teacher_memory", arguments.json)
     found = {}
     for kind in (Alone, Step):
         with GlooPool(2) as pool:
@@ -126,7 +130,15 @@ def main() -> None:
         for name in ("held", "live", "resident"):
             added = taught[name] - alone[name]
             print(f"  {name:10}{added / MEBIBYTE:8.1f} MiB, {added / floor:.2f} of one share")
+            report.figure(f"{name}, worker {rank}, of one share", added / floor)
+        report.goal(
+            f"worker {rank}: what a teacher holds, of one sharded copy",
+            (taught["held"] - alone["held"]) / floor,
+            at_most=1.05,
+            unit="x",
+        )
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

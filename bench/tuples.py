@@ -8,20 +8,17 @@ the same step on a small batch has loaded what the first one loads.
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from _measure import MEGABYTE, Report, arguments, best_times, growth_during, in_fresh_process
 from armillary import losses
 
 DIM, CLASSES, EACH = 128, 64, 32
-MEGABYTE = 2**20
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -69,18 +66,9 @@ SAMPLES = {
 }
 
 
-def step(loss: Step, vectors: Tensor, labels: Tensor) -> float:
-    """Seconds of one forward and backward pass."""
-    leaf = vectors.clone().requires_grad_()
-    start = time.perf_counter()
-    loss(leaf, labels).backward()
-    return time.perf_counter() - start
-
-
-def status(name: str) -> float:
-    """A line of the kernel's record of this process, in MB: ``VmRSS``, what it holds; ``VmHWM``, the most so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / MEGABYTE
+def step(loss: Step, vectors: Tensor, labels: Tensor) -> None:
+    """One forward and backward pass."""
+    loss(vectors.clone().requires_grad_(), labels).backward()
 
 
 def memory_of(name: str, which: int, samples: int) -> None:
@@ -88,48 +76,46 @@ def memory_of(name: str, which: int, samples: int) -> None:
     loss = ways(name)[which]
     step(loss, *embeddings(128))
     whole = embeddings(samples)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
-    step(loss, *whole)
-    print(status("VmHWM") - before)
+    print(growth_during(lambda: step(loss, *whole)) / MEGABYTE)
 
 
 def memory(name: str, which: int, samples: int) -> float:
     """The same in a fresh process, in MB."""
-    command = [sys.executable, str(Path(__file__).resolve()), "memory", name, str(which), str(samples)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return float(in_fresh_process(__file__, "memory", name, which, samples).split()[-1])
 
 
-def compare(name: str, repetitions: int) -> str:
-    """One row: both times, both memories, their ratios."""
-    vectors, labels = embeddings(SAMPLES[name])
-    turns = [partial(step, loss, vectors, labels) for loss in ways(name)]
-    best = [float("inf"), float("inf")]
-    for _ in range(repetitions):
-        for number, turn in enumerate(turns):
-            best[number] = min(best[number], turn())
+def compare(name: str, repetitions: int, report: Report) -> str:
+    """One row: both times, both memories, their ratios; NT-Xent must not be slower, the others be twice as fast."""
+    turns = (partial(step, loss, *embeddings(SAMPLES[name])) for loss in ways(name))
+    own, peers = best_times(dict(zip(("ours", "peer"), turns, strict=True)), repetitions).values()
     ours, other = (memory(name, which, SAMPLES[name]) for which in (0, 1))
-    times = f"{1e3 * best[0]:9.1f} {1e3 * best[1]:9.1f} {best[1] / best[0]:7.1f}x"
+    report.goal(f"{name}, times the peer's speed", peers / own, at_least=1 if name == "NT-Xent" else 2, unit="x")
+    if name == "NT-Xent":
+        report.figure(f"{name}, share of the peer's memory", ours / other)
+    else:
+        report.goal(f"{name}, share of the peer's memory", ours / other, at_most=0.5)
+    times = f"{1e3 * own:9.1f} {1e3 * peers:9.1f} {peers / own:7.1f}x"
     return f"{name:18}{times} {ours:9.1f} {other:9.1f} {ours / other:8.2f}"
 
 
-def main() -> None:
+def main() -> int:
     """Prints the table, and how memory grows with the batch."""
     if sys.argv[1:2] == ["memory"]:
         memory_of(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-        return
-    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+        return 0
+    given = arguments(__doc__, repetitions=7)
+    report = Report("tuples", given.json)
     columns = "".join(f"{title:>10}" for title in ("ours ms", "peer ms", "faster", "ours MB", "peer MB", "share"))
     print(f"{'':17}{columns}")
     for name in SAMPLES:
-        print(compare(name, repetitions), flush=True)
-    triplets = ways("all triplets")[0]
-    seconds = min(step(triplets, *embeddings(CLASSES * EACH)) for _ in range(repetitions))
+        print(compare(name, given.repetitions, report), flush=True)
+    triplets = partial(step, ways("all triplets")[0], *embeddings(CLASSES * EACH))
+    seconds = best_times({"ours": triplets}, given.repetitions)["ours"]
     print(f"all triplets of 2,048: {1e3 * seconds:.1f} ms, {memory('all triplets', 0, CLASSES * EACH):.1f} MB")
     grown = ", ".join(f"{memory('NT-Xent', 0, views):.1f}" for views in (2048, 4096, 8192, 16384))
     print(f"NT-Xent of 2,048, 4,096, 8,192 and 16,384 views: {grown} MB")
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

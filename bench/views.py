@@ -12,9 +12,9 @@ times lightly's, too few at every size, which is why the views are our own.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +27,7 @@ from scipy import stats
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
+from _measure import Report, parser, times_in_turns
 from armillary.data.views import make_views
 
 RECIPE = "simclr_imagenet"
@@ -85,14 +86,7 @@ def ours(images: Tensor) -> Iterator[Tensor]:
         view += 1
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """CPU seconds of this process."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def speed(size: int, rounds: int) -> None:
+def speed(size: int, rounds: int, report: Report) -> None:
     """Prints views a second of all three, in turns, and the median ratio of ours to lightly's."""
     images = photographs(BATCH[size], size)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
@@ -102,20 +96,16 @@ def speed(size: int, rounds: int) -> None:
         "kornia": lambda: [kornia(images) for _ in range(2)],
         "armillary": lambda: [next(stream) for _ in range(2)],
     }
-    for work in turns.values():
-        work()
-    taken: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, work in turns.items():
-            taken[name].append(seconds(work))
+    taken = times_in_turns(turns, rounds, clock=time.process_time)
     rate = {name: 2 * len(images) / statistics.median(times) for name, times in taken.items()}
     ratios = [other / own for other, own in zip(taken["lightly"], taken["armillary"], strict=True)]
     ratio, floor = statistics.median(ratios), FLOORS.get(size, 1.0)
     print(
         f"{size:>4} px  lightly {rate['lightly']:>6.0f}/s  kornia {rate['kornia']:>6.0f}/s  armillary "
-        f"{rate['armillary']:>6.0f}/s  ratio {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
-        f"floor {floor:g}: {'met' if ratio >= floor else 'MISSED'}"
+        f"{rate['armillary']:>6.0f}/s  ratio {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        flush=True,
     )
+    report.goal(f"{size} px, times lightly's views/s", ratio, at_least=floor, unit="x")
 
 
 def our_draws(count: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -240,27 +230,29 @@ def picture(path: Path, columns: int = 8, size: int = 64, rows: int = 3) -> None
     print(f"\nwrote {path}: originals, {rows} rows of ours, {rows} rows of lightly's")
 
 
-def main() -> None:
+def main() -> int:
     """Prints everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="*", default=list(FLOORS), choices=list(FLOORS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=20_000)
-    parser.add_argument("--views", type=int, default=3000)
-    parser.add_argument("--picture", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--sizes", type=int, nargs="*", default=list(FLOORS), choices=list(FLOORS))
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--draws", type=int, default=20_000)
+    options.add_argument("--views", type=int, default=3000)
+    options.add_argument("--picture", type=Path)
+    arguments = options.parse_args()
+    report = Report("views", arguments.json)
     torch.set_num_threads(1)
     np.random.seed(0)  # lightly draws from it
     torch.manual_seed(0)
     for size in arguments.sizes:
-        speed(size, arguments.rounds)
+        speed(size, arguments.rounds, report)
     if arguments.draws:
         compare_draws(arguments.draws)
     if arguments.views:
         compare_pixels(arguments.views)
     if arguments.picture:
         picture(arguments.picture)
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
