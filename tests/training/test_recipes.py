@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def pretrain(name: str) -> TrainJob:
     if name == "maskfeat":
         small["cell"] = 4
     overrides = [f"objective.name={name}", "train.batch_size=8", "train.epochs=1"]
-    overrides += [f"objective.{key}={value}" for key, value in small.items()]
+    overrides += [f"objective.{key}={json.dumps(value)}" for key, value in small.items()]
     needs = registry.get(name).needs
     if needs.encoder == "tokens":
         overrides += ["backbone.name=small_vit", "backbone.patch=4"]
