@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -175,3 +178,15 @@ def test_importing_losses_imports_torch_and_nothing_heavier() -> None:
     code = f"import sys, armillary.losses; print([name for name in {heavy} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_every_public_loss_is_found_in_one_place() -> None:
+    """A stranger's training loop imports from ``armillary.losses`` and need not know the files."""
+    missing = []
+    for found in pkgutil.iter_modules(losses.__path__):
+        module = importlib.import_module(f"armillary.losses.{found.name}")
+        for name, value in vars(module).items():
+            own = inspect.isclass(value) and value.__module__ == module.__name__ and issubclass(value, nn.Module)
+            if own and not name.startswith("_") and getattr(losses, name, None) is not value:
+                missing.append(f"{found.name}.{name}")
+    assert missing == []
