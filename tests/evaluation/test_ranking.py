@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from armillary.evaluation.protocols import evaluate
-from armillary.evaluation.ranking import count_at_least, identification, mate_ranks, retrieval
+from armillary.evaluation.ranking import identification, mate_ranks, retrieval
 from armillary.evaluation.result import EvaluationSet
 from armillary.spec.errors import UserError
 
@@ -129,14 +129,19 @@ def test_map_at_r_agrees_with_pytorch_metric_learning(blobs: Any) -> None:
     st.lists(st.integers(-6, 6), min_size=1, max_size=8),
     st.sampled_from([0, 2**39, -(2**40)]),
 )
-def test_counts_are_exact_where_float32_cannot_tell_values_apart(values: Any, bounds: Any, near: int) -> None:
-    found = count_at_least(np.array(values, float) + near, np.array(bounds, float) + near)
-    assert found.tolist() == [sum(value >= bound for value in values) for bound in bounds]
+def test_ranks_are_exact_in_the_last_digit_and_ties_count_against_mates(others: Any, mates: Any, near: int) -> None:
+    own = np.array([*mates, np.inf]) + near - 0.5
+    row = np.concatenate([np.array(others, float) + near, own])
+    ranks = mate_ranks(row, len(others), len(row))
+    expected = [
+        sum(other >= mate for other in others) + place for place, mate in enumerate(sorted(mates, reverse=True), 1)
+    ]
+    assert ranks.tolist() == expected
 
 
 def test_mates_are_ranked_after_others_that_tie() -> None:
-    others, mates = np.array([5.0, 3.0, 3.0, 1.0, -np.inf]), np.array([3.0, 6.0, 0.0])
-    assert mate_ranks(others, mates).tolist() == [1, 5, 7]
+    row = np.array([5.0, 3.0, 3.0, 1.0, 2.5, 5.5, np.inf, -0.5])
+    assert mate_ranks(row, 4, 8).tolist() == [1, 5, 7]
 
 
 def test_retrieval_does_not_depend_on_threads(blobs: Any) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import local
 
 import numpy as np
 
 from armillary.evaluation.open_set import open_set
 from armillary.evaluation.result import EvaluationSet, Floats, Ints, ProtocolResult
-from armillary.evaluation.similarity import block_rows, grid_scores, normalize
+from armillary.evaluation.similarity import block_rows, grid_scores, normalize, threads
 from armillary.spec.errors import UserError
 
 # Ranks a CMC curve shows.
@@ -53,72 +54,63 @@ class Rankings:
         """How many images have a mate, and so are queries."""
         return len(self.points) - self.begin
 
-    def map(self, measure: Callable[[Floats, list[Floats]], Floats]) -> Floats:
+    def map(self, measure: Callable[[Floats, Ints, Ints], Floats]) -> Floats:
         """Applies ``measure`` to blocks of queries and puts its results in one array, in the order of the queries.
 
         Args:
-            measure: gets the scores of ``(q, n)`` others in grid units, minus infinity at the query and its mates, and
-                for each query the scores of its mates, at least one; returns an array of first dimension q. Blocks
-                run in as many threads as torch uses.
+            measure: gets a block of scores ``(q, n)`` and the columns ``first`` to ``last`` of each query's class,
+                ``(q,)`` each; returns an array of first dimension q. Scores are in grid units, those of mates less one
+                half (so that a mate falls behind others it ties with, and is known as the only broken number), and
+                infinite at the query itself. Blocks run in as many threads as torch uses.
         """
-        import torch
+        from threadpoolctl import threadpool_limits
 
         step = block_rows(len(self.points), self.elements)
-        starts = range(self.begin, len(self.points), step)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            parts = pool.map(lambda start: measure(*self._block(start, min(start + step, len(self.points)))), starts)
-            return np.concatenate(list(parts))
+        buffers = local()
 
-    def _block(self, start: int, stop: int) -> tuple[Floats, list[Floats]]:
-        scores, mates = grid_scores(self.points[start:stop], self.points), []
-        for row, (scored, first, last) in enumerate(
-            zip(scores, self.first[start:stop], self.last[start:stop], strict=True), start
-        ):
-            mates.append(np.delete(scored[first:last], row - first))
-            scored[first:last] = -np.inf
-        return scores, mates
+        def block(start: int) -> Floats:
+            stop = min(start + step, len(self.points))
+            if not hasattr(buffers, "scores"):
+                buffers.scores = np.empty((step, len(self.points)))
+            scores = grid_scores(self.points[start:stop], self.points, out=buffers.scores[: stop - start])
+            first, last = self.first[start:stop], self.last[start:stop]
+            for row, (scored, low, high) in enumerate(zip(scores, first, last, strict=True), start):
+                scored[low:high] -= 0.5
+                scored[row] = np.inf
+            return measure(scores, first, last)
+
+        # A product in each of the threads, not each product in all of them: nobody waits for the others.
+        count = threads()
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool:
+            return np.concatenate(list(pool.map(block, range(self.begin, len(self.points), step))))
 
 
 def first_mate_ranks(rankings: Rankings) -> Ints:
     """The rank (from 1) of each query's best-placed mate."""
 
-    def measure(others: Floats, mates: list[Floats]) -> Floats:
-        best = np.array([own.max() for own in mates])
-        return np.asarray(np.count_nonzero(others >= best[:, None], axis=1) + 1.0)
+    def measure(scores: Floats, first: Ints, last: Ints) -> Floats:
+        own = (row[low:high] for row, low, high in zip(scores, first, last, strict=True))
+        best = np.array([row[np.isfinite(row)].max() for row in own])
+        # The query itself, which is infinite, makes ranks count from 1.
+        return np.asarray(np.count_nonzero(scores > best[:, None], axis=1), dtype=np.float64)
 
     return rankings.map(measure).astype(np.int64)
 
 
-def count_at_least(values: Floats, bounds: Floats) -> Ints:
-    """How many ``values`` are at or above each of ``bounds``, exactly; for whole numbers below 2**53.
-
-    Sorting in float32 takes half the time. Rounding keeps the order, so it can only blur a bound with values that round
-    to the same number; where there are such values, the count is made again from the exact ones.
-    """
-    rough = np.sort(values.astype(np.float32))
-    rounded = bounds.astype(np.float32)
-    left, right = np.searchsorted(rough, rounded, side="left"), np.searchsorted(rough, rounded, side="right")
-    counts = len(values) - left
-    blurred = np.flatnonzero(left < right)
-    if len(blurred):
-        near = np.sort(values[np.isin(values.astype(np.float32), rounded[blurred])])
-        above = len(values) - right[blurred]
-        # Of those that round alike, the ones at or above the bound itself.
-        upper = np.searchsorted(near.astype(np.float32), rounded[blurred], side="right")
-        counts[blurred] = above + upper - np.searchsorted(near, bounds[blurred], side="left")
-    return counts.astype(np.int64)
-
-
-def mate_ranks(others: Floats, mates: Floats) -> Ints:
-    """The rank (from 1) of each mate among all, ascending, ``(R,)``.
+def mate_ranks(scores: Floats, first: int, last: int) -> Ints:
+    """The rank (from 1) of each mate of one query among all, ascending, ``(R,)``, R >= 1.
 
     Args:
-        others: ``(n,)`` scores of the images of other classes.
-        mates: ``(R,)`` scores of the query's class, R >= 1.
+        scores: ``(n,)`` as :meth:`Rankings.map` gives them: whole numbers, and infinity at the query.
+        first: where the query's class begins, whose scores are whole numbers less one half.
+        last: where it ends.
     """
-    descending = np.sort(mates)[::-1]
-    rivals = others[others >= descending[-1]]
-    return count_at_least(rivals, descending) + np.arange(1, len(mates) + 1)
+    # What scores below the lowest mate changes no rank.
+    rivals = scores[scores >= scores[first:last].min()]
+    rivals.sort()
+    mates = np.flatnonzero(np.floor(rivals) != rivals)[::-1]
+    # The query itself stands at the end.
+    return np.asarray(len(rivals) - 1 - mates, dtype=np.int64)
 
 
 def identification(data: EvaluationSet, *, elements: int | None = None) -> ProtocolResult:
@@ -170,8 +162,8 @@ def retrieval(data: EvaluationSet, *, elements: int | None = None) -> ProtocolRe
         UserError: no class has two images.
     """
 
-    def measure(others: Floats, mates: list[Floats]) -> Floats:
-        return np.stack([_places(mate_ranks(*query)) for query in zip(others, mates, strict=True)])
+    def measure(scores: Floats, first: Ints, last: Ints) -> Floats:
+        return np.stack([_places(mate_ranks(*query)) for query in zip(scores, first, last, strict=True)])
 
     means = Rankings(data, "retrieval", elements=elements).map(measure).mean(axis=0)
     names = (*(f"recall_at_{k}" for k in RECALL_AT), "r_precision", "map_at_r", "map")

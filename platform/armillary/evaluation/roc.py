@@ -16,7 +16,7 @@ from threading import Lock
 import numpy as np
 
 from armillary.evaluation.result import Floats, Ints
-from armillary.evaluation.similarity import GRID
+from armillary.evaluation.similarity import GRID, threads
 
 # Held scores at a time: about 0.4 GB with the counts that go with them.
 CAPACITY = 1 << 23
@@ -192,6 +192,11 @@ def _count_into_gaps(stream: Stream, values: Floats, low: float, high: float) ->
     def count(block: Floats) -> None:
         # Sorted queries walk through the values in order: several times faster than random ones.
         inside = np.sort(block if everything else block[(block >= low) & (block < high)])
+        if len(values) < len(inside):
+            below = _ranks(inside, values)
+            with adding:
+                slots[:] += np.diff(below, prepend=0, append=len(inside))
+            return
         position = np.searchsorted(values, inside)
         slot = 2 * position + (padded[position] == inside)
         starts = _run_starts(slot)
@@ -202,10 +207,17 @@ def _count_into_gaps(stream: Stream, values: Floats, low: float, high: float) ->
     return slots
 
 
+def _ranks(ascending: Floats, values: Floats) -> Ints:
+    """Of each of some distinct values: how many are below it, and how many not above it, in turns, ``(2 v,)``."""
+    left = np.searchsorted(ascending, values)
+    right = left.copy()
+    tied = np.append(ascending, np.inf)[left] == values
+    right[tied] = np.searchsorted(ascending, values[tied], side="right")
+    return np.stack((left, right), axis=1).reshape(-1)
+
+
 def _in_threads(stream: Stream, work: Callable[[Floats], None]) -> None:
     """Passes every block to ``work``; while one thread makes a block, the others work on theirs."""
-    import torch
-
     blocks, making = iter(stream()), Lock()
 
     def run() -> None:
@@ -216,9 +228,9 @@ def _in_threads(stream: Stream, work: Callable[[Floats], None]) -> None:
                 return
             work(block)
 
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(run) for _ in range(threads)]:
+    count = threads()
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(run) for _ in range(count)]:
             future.result()
 
 

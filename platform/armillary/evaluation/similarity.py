@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from armillary.evaluation.result import Floats, Ints
@@ -31,10 +33,28 @@ def normalize(embeddings: Floats, order: Ints | None = None) -> Floats:
     return points
 
 
-def grid_scores(rows: Floats, columns: Floats) -> Floats:
-    """Cosine similarities of normalised ``rows (r, d)`` and ``columns (c, d)`` in units of ``1 / GRID``, ``(r, c)``."""
-    scores = (rows * GRID) @ columns.T
+def grid_scores(rows: Floats, columns: Floats, *, out: Floats | None = None) -> Floats:
+    """Cosine similarities of normalised ``rows (r, d)`` and ``columns (c, d)`` in units of ``1 / GRID``, ``(r, c)``.
+
+    Args:
+        rows: ``(r, d)``.
+        columns: ``(c, d)``.
+        out: ``(r, c)``, where to put them; fresh pages of a large array cost as much as rounding does.
+    """
+    scores = np.matmul(rows * GRID, columns.T, out=out)
     return np.rint(scores, out=scores)
+
+
+def threads() -> int:
+    """How many threads to work in: as many as torch uses, or, where it is not loaded, as products of NumPy do.
+
+    Loading torch for the answer would take half a gigabyte.
+    """
+    if "torch" in sys.modules:
+        return int(sys.modules["torch"].get_num_threads())
+    from threadpoolctl import threadpool_info
+
+    return max((int(library["num_threads"]) for library in threadpool_info()), default=1)
 
 
 def block_rows(columns: int, elements: int | None = None) -> int:
