@@ -20,7 +20,7 @@ from armillary.losses.cluster_contrast import (
 )
 from armillary.losses.key_contrast import KeyContrast
 from armillary.losses.tensors import normalize
-from armillary.objectives.clustering import separated_directions
+from armillary.objectives.expert_mixture import separated_directions
 
 
 def rows(values: list[list[float]]) -> Tensor:

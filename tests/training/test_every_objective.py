@@ -25,7 +25,6 @@ EPOCH = 2
 # What does not hold yet, and why; mended ones are to be taken out.
 KNOWN = {
     "fair_loss": "its class margins, split with the rows, are not found again when a checkpoint is loaded",
-    "mice": "at ZeRO 3 its centres, a parameter of the objective itself, are empty where they are read",
     "mixup": "the wrapped objective's statistics after a resume differ",
 }
 

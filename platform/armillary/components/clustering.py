@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from armillary import collectives
 from armillary.components.counter import key, sample_keys, uniforms
@@ -118,6 +118,32 @@ def concentrations(clusters: Clusters, temperature: float, smoothing: float = 10
     low, high = torch.quantile(width, torch.tensor([0.1, 0.9], dtype=width.dtype, device=width.device))
     width = width.clamp(low, high)
     return (temperature * width / width.mean().clamp_min(1e-12)).clamp_min(1e-3).float()
+
+
+class ClusterLevel(nn.Module):
+    """One clustering of the training set, rebuilt every epoch: what PCL and HCSC compare with; buffers only.
+
+    ``prototypes (k, dim)`` of unit length, rows of zeros where there is no cluster; ``widths (k,)``; ``assigned`` gives
+    the cluster of a sample by its index (level 1), or of a cluster of the level below.
+    """
+
+    prototypes: Tensor
+    widths: Tensor
+    assigned: Tensor
+
+    def __init__(self, clusters: int, dim: int, members: int) -> None:
+        super().__init__()
+        self.register_buffer("prototypes", torch.zeros(clusters, dim))
+        self.register_buffer("widths", torch.ones(clusters))
+        self.register_buffer("assigned", torch.zeros(members, dtype=torch.int64))
+
+    def take(self, found: Clusters, temperature: float, smoothing: float, places: Tensor | None = None) -> None:
+        """Takes over a clustering; ``places`` are the members that were clustered, all by default."""
+        count = len(found.centroids)
+        self.prototypes.zero_()
+        self.prototypes[:count] = found.prototypes.to(self.prototypes.dtype)
+        self.widths[:count] = concentrations(found, temperature, smoothing).to(self.widths.dtype)
+        self.assigned[slice(len(found.labels)) if places is None else places] = found.labels
 
 
 def _start(points: Tensor, k: int, seed: int) -> Tensor:

@@ -64,10 +64,14 @@ class MomentumQueueObjective(Objective):
     def forward(self, batch: Batch) -> Output:
         """The loss of the first view's queries with the second view's keys."""
         metrics: dict[str, Tensor] = {}
-        queries = self.projector(self.encoder(batch.views[0]))
+        queries, keys = self.queries_and_keys(batch)
+        return Output(self.loss(queries, keys, self.queue.rows, metrics=metrics), metrics)
+
+    def queries_and_keys(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The first view's projections and the teacher's of the second, of unit length; keys wait for the queue."""
         keys = normalize(widen(self.teacher(batch.views[1])))
         self.queue.hold(self.step, keys)
-        return Output(self.loss(queries, keys, self.queue.rows, metrics=metrics), metrics)
+        return self.projector(self.encoder(batch.views[0])), keys
 
     def after_step(self, step: int) -> None:
         """Moves the key encoder, puts the step's keys into the queue."""
