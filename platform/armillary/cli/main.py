@@ -36,6 +36,7 @@ COMMANDS: dict[str, Entry] = {
     "evaluate": Entry("armillary.cli.evaluate:app", "Judge a finished run, or a file of embeddings and labels."),
     "clean": Entry("armillary.cli.clean:app", "Drop wrongly labelled images by a trained run's sub-centers."),
     "invert": Entry("armillary.cli.invert:app", "Draw what a trained network remembers of an identity."),
+    "attention": Entry("armillary.cli.attention:app", "Compare where a transformer looks with where the person is."),
     "leaderboard": Entry("armillary.cli.leaderboard:app", "Rank configurations: mean, interval, seeds."),
     "track": Entry("armillary.cli.track:app", "Send runs to MLflow, and open its pages."),
     "submit": Entry("armillary.cli.submit:app", "Run a job on a cluster."),

@@ -20,6 +20,7 @@ from armillary.data.identities.dataset import (
     render_identity_frames,
 )
 from armillary.data.identities.labels import NOISE, images_per_identity, similarity_graph
+from armillary.data.identities.outline import render_with_outlines
 from armillary.data.identities.spec import IdentitiesSpec, NoiseSpec
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "make_identities",
     "records",
     "render_identity_frames",
+    "render_with_outlines",
     "similarity_graph",
 ]
