@@ -144,7 +144,7 @@ def test_data_inspect_notices_changed_content(run: Any, pictures: Path) -> None:
     [
         (["inspect", "nosuch"], "there is no dataset 'nosuch'"),
         (["import", "foldr", "x"], "did you mean 'folder'"),
-        (["import", "folder", "no/such/folder"], "is not a folder of images"),
+        (["import", "folder", "no/such/folder"], "no/such/folder'"),
         (["import", "digits", "somewhere"], "takes no source"),
     ],
 )

@@ -1,6 +1,7 @@
 """``armillary evaluate`` on files, through the real command line."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,3 +205,36 @@ def test_a_run_is_judged_on_a_whole_other_dataset_by_its_pairs(run_id: Any, comm
     code, _, err = command(run_id, "--data", "digits", "-p", "verification")
     assert code == 2
     assert "trained on" in err
+
+
+def test_a_run_is_judged_on_a_test_part_whose_classes_are_matched_by_name(run_id: Any, command: Any) -> None:
+    from armillary.data.importers import ensure_dataset
+    from armillary.data.store import Record, write_dataset
+
+    digits = ensure_dataset("digits")
+    images = [image for rows in digits.rows() for image in rows.images][:60]
+    names, label = list(reversed(digits.manifest.class_names)), digits.column("label")[:60]
+    # The same pictures under the same names, numbered the other way round: every neighbour at distance 0 votes.
+    write_dataset("copies", [Record(i, 9 - int(c)) for i, c in zip(images, label, strict=True)], class_names=names)
+    code, out, err = command(run_id, "--data", "copies", "-p", "knn,clustering", "--json")
+    assert code == 0, err
+    found = json.loads(out)["metrics"]
+    assert found["knn/top1"] > 0.5
+    assert "clustering/nmi" in found
+    write_dataset("strangers", [Record(image, 0) for image in images], class_names=["nobody"])
+    code, _, err = command(run_id, "--data", "strangers", "-p", "knn")
+    assert code == 2
+    assert "share no class name" in err
+
+
+def test_flip_is_the_jobs_unless_told(run_id: Any, command: Any, tmp_path: Path) -> None:
+    same, flipped, plain = (
+        json.loads(command(run_id, "-p", "verification", "--json", *more)[1])["metrics"]
+        for more in ((), ("--flip",), ("--no-flip",))
+    )
+    assert same == flipped
+    assert same["verification/auc"] != plain["verification/auc"]
+    np.savez(tmp_path / "some.npz", embeddings=np.eye(4), labels=[0, 0, 1, 1])
+    code, _, err = command("--embeddings", str(tmp_path / "some.npz"), "--flip")
+    assert code == 2
+    assert "--flip" in err

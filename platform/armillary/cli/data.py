@@ -130,10 +130,10 @@ def import_one(
     if as_json:
         print_json(_details(dataset))
         return
-    manifest = dataset.manifest
+    manifest, classes = dataset.manifest, len(dataset.manifest.class_names)
     out.print(
-        f"imported {manifest.name}: {manifest.images} images of {len(manifest.class_names)} classes, {_size(dataset)}, "
-        f"in {dataset.location}",
+        f"imported {manifest.name}: {manifest.images} images of {classes} {'class' if classes == 1 else 'classes'}, "
+        f"{_size(dataset)}, in {dataset.location}",
         markup=False,
         soft_wrap=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +61,10 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="With a run: judge it on the whole of this dataset, by its pairs or templates.")
     ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option("--flip/--no-flip", help="With a run: average with the mirrored image. Default: the job's."),
+    ] = None,
     protocol: Annotated[
         list[str] | None,
         typer.Option("--protocol", "--protocols", "-p", help="Protocols, repeated or a,b. Default: the job's."),
@@ -87,11 +91,13 @@ def evaluate(
     files = Files(train, pairs, templates, matches)
     if run is not None:
         files.check_absent()
-        subject, seed, results = _judge_run(run, names, seed, data)
+        subject, seed, results = _judge_run(run, names, seed, data, flip)
     else:
         assert embeddings is not None
         if data is not None:
             raise UserError("goes with a run; a file of embeddings is judged as it is", where="--data")
+        if flip is not None:
+            raise UserError("goes with a run; a file holds no images to mirror", where="--flip")
         subject, seed = str(embeddings), seed or 0
         results = _judge_file(embeddings, files, names, seed)
     metrics, warnings = metrics_of(results), warnings_of(results)
@@ -143,7 +149,7 @@ def _judge_file(path: Path, files: Files, names: list[str] | None, seed: int) ->
 
 
 def _judge_run(
-    run_id: str, names: list[str] | None, seed: int | None, dataset: str | None
+    run_id: str, names: list[str] | None, seed: int | None, dataset: str | None, flip: bool | None
 ) -> tuple[str, int, dict[str, ProtocolResult]]:
     """The run's id, the seed used, and the results: with the job's protocols and seed, those of its training."""
     from armillary.data.inputs import as_inputs
@@ -158,6 +164,8 @@ def _judge_run(
     directory = RunDirectory.find(run_id)
     job = load_job(directory.path / "job.yaml", kind="train")
     assert isinstance(job, TrainJob)
+    if flip is not None:
+        job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"flip": flip})})
     encoder = load_encoder(directory)
     chosen = names or list(job.evaluate.protocols)
     seed = job.seed if seed is None else seed
@@ -180,20 +188,33 @@ def _judge_run(
 def _judge_elsewhere(
     encoder: nn.Module, job: TrainJob, dataset: str, names: list[str], seed: int
 ) -> dict[str, ProtocolResult]:
-    """Judges an encoder on the whole of a dataset that it was not trained on, at the size it was trained at."""
-    from armillary.data.splits import prepare, whole
+    """Judges an encoder on the whole of a dataset that it was not trained on, at the size it was trained at.
+
+    Its classes are new ones, unless a protocol asks for trained ones: then they are matched by name.
+    """
+    from armillary.data.splits import labels_by_name, prepare, whole
     from armillary.evaluation import protocols
     from armillary.evaluation.suite import check_protocols, judge
 
     if dataset == job.data.name:
         raise UserError(f"the run was trained on images of {dataset!r}", where="--data", hint="leave --data out")
-    check_protocols(names, "identity", where="--protocol")
+    closed = [name for name in names if protocols.get(name, where="--protocol").requirements.closed_set]
+    if not closed or job.data.split == "identity":
+        check_protocols(names, "identity", where="--protocol")
     trained = prepare(job.data, seed=job.seed)
     channels, height, width = trained.train.images.shape[1:]
     images, tables = whole(job.data.model_copy(update={"name": dataset, "image_size": (height, width)}))
     if images.images.shape[1] != channels:
         problem = f"{dataset!r} has images of {images.images.shape[1]} channels, the run was trained on {channels}"
         raise UserError(problem, where="--data")
+    if closed:
+        labels = labels_by_name(job.data, dataset, images.label)
+        if labels is None:
+            problem = (
+                f"{closed[0]} needs classes that were trained on; {dataset!r} and {job.data.name!r} share no class name"
+            )
+            raise UserError(problem, where="--data")
+        images = replace(images, label=labels)
     print_note(f"embedding all of {dataset}")
     train = trained.train if any(protocols.requirements(name).needs_train for name in names) else None
     options = {"batch_size": job.evaluate.batch_size, "flip": job.evaluate.flip}

@@ -175,6 +175,26 @@ def whole(spec: DataSpec) -> tuple[ImageSet, dict[str, pa.Table]]:
     return _stored(source, columns, spec), evaluation_tables(dataset)
 
 
+def labels_by_name(spec: DataSpec, dataset: str, label: Tensor) -> Tensor | None:
+    """The labels of another dataset's images as numbers of a run's training classes, where classes have the same names.
+
+    Args:
+        spec: the run's data, split by sample: all its classes were trained on.
+        dataset: the other dataset, such as the test part of a benchmark.
+        label: ``(N,)`` class numbers of that dataset.
+
+    Returns:
+        ``(N,)`` int64; classes that the run lacks are numbered behind its own. ``None`` if it lacks them all.
+    """
+    own, other = (ensure_dataset(name).manifest for name in (spec.name, dataset))
+    trained = [name for name, count in zip(own.class_names, own.histogram, strict=True) if count]
+    numbers = {name: number for number, name in enumerate(trained)}
+    table = [numbers.get(name, len(trained) + number) for number, name in enumerate(other.class_names)]
+    if min(table, default=0) >= len(trained):
+        return None
+    return torch.tensor(table)[label]
+
+
 def evaluation_tables(dataset: Dataset) -> dict[str, pa.Table]:
     """The tables that protocols compare by, of those the dataset has."""
     return {name: dataset.table(name) for name in EVALUATION_TABLES if name in dataset.manifest.tables}

@@ -68,7 +68,9 @@ def _load(file: IO[bytes], path: str) -> tuple[list[Span | bytes], list[bool]]:
         raise UserError(f"{path}: {error.problem}", allowed=error.allowed) from None
     except Exception as error:
         # A damaged pickle makes the unpickler raise almost anything.
-        raise UserError(f"{path} is no pickle of images and answers, or cut off: {str(error)[:200]}") from error
+        raise UserError(
+            f"{path} is no pickle of images and answers, or cut off: {str(error)[:200] or 'no data'}"
+        ) from error
     if not isinstance(content, tuple | list) or len(content) != 2:
         raise UserError(f"{path} holds {type(content).__name__}", allowed="a pair: image files, answers")
     answers = content[1].values() if isinstance(content[1], _Array) else content[1]

@@ -70,7 +70,9 @@ class Source:
         """
         right = self.is_folder or self.is_file if folder is None else self.is_folder if folder else self.is_file
         if not right:
-            raise UserError(f"{self.location!r} is not {what}", hint=f"armillary data import {self.kind} SOURCE")
+            there = self.is_file or self.is_folder
+            problem = f"{self.location!r} is not {what}" if there else f"there is no {self.location!r}"
+            raise UserError(problem, allowed=what, hint=f"armillary data import {self.kind} SOURCE")
 
     def files(self, under: str = "", suffixes: tuple[str, ...] = ()) -> list[SourceFile]:
         """The files below a folder of the source, sorted by path; hidden ones are left out.

@@ -96,6 +96,8 @@ def _lines(source: Source, needed: Sequence[str], optional: Sequence[str]) -> It
     reader = csv.DictReader(source.lines(path), strict=True)
     try:
         known = list(reader.fieldnames or [])
+        if not known:
+            raise UserError(f"{path} is empty", allowed=f"a first line that names columns: {', '.join(needed)} ...")
         for column in needed:
             if column not in known:
                 raise unknown_name("column", column, known, where=path)
