@@ -85,6 +85,11 @@ class SmallConvNet(nn.Module):
                 maps.append(hidden)
         return tuple(maps)
 
+    def by_depth(self) -> list[list[nn.Parameter]]:
+        """A layer a block; see :class:`~armillary.components.encoders.LayeredEncoder`."""
+        blocks = range(0, len(self.features), _BLOCK)
+        return [list(self.features[first : first + _BLOCK].parameters()) for first in blocks]
+
     def embed_map(self, last_map: Tensor) -> Tensor:
         """The last block's map to the embedding."""
         return self.norm(self.neck(self.dropout(self.pool(last_map))))  # type: ignore[no-any-return]
@@ -121,6 +126,15 @@ class TimmEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embeds images ``(batch, channels, height, width)`` in [0, 1] as ``(batch, embedding_dim)``."""
         return self.neck(self.body((images - _MEAN) / _STD))  # type: ignore[no-any-return]
+
+    def by_depth(self) -> list[list[nn.Parameter]]:
+        """A layer a stage, as timm groups them: the stem is the first, a norm behind the last stage one of its own."""
+        from timm.models import group_parameters
+
+        body: Any = self.body
+        named = dict(body.named_parameters())
+        groups = group_parameters(body, body.group_matcher(coarse=True))
+        return [[named[name] for name in groups[number]] for number in sorted(groups)]
 
 
 class TimmMapEncoder(TimmEncoder):

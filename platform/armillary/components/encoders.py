@@ -87,6 +87,38 @@ class TokenEncoder(Protocol):
         ...
 
 
+@runtime_checkable
+class LayeredEncoder(Protocol):
+    """An encoder that says which parameters lie how deep, for learning rates that fall with depth."""
+
+    def by_depth(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer, input first; those of the head behind the layers are left out."""
+        ...
+
+
+def learning_rate_shares(module: nn.Module, decay: float) -> dict[int, float]:
+    """The share of the learning rate that each parameter of a module's encoders takes, where it is not 1.
+
+    ``decay ** (L - l)`` for layer l = 0 .. L - 1 of an encoder with L layers; what lies behind the layers, and all that
+    is not an encoder's, has the whole rate. As He et al., "Masked Autoencoders", CVPR 2022, appendix A.2 after Clark et
+    al., ELECTRA, ICLR 2020; as in the released code patch embedding, positions and class token form layer 0.
+
+    Args:
+        module: an objective; its :class:`LayeredEncoder` are found wherever they are.
+        decay: in (0, 1].
+
+    Returns:
+        By ``id`` of the parameter.
+    """
+    shares: dict[int, float] = {}
+    for encoder in module.modules() if decay < 1 else ():
+        if isinstance(encoder, LayeredEncoder):
+            layers = encoder.by_depth()
+            for depth, parameters in enumerate(layers):
+                shares.update((id(parameter), decay ** (len(layers) - depth)) for parameter in parameters)
+    return shares
+
+
 def map_encoder(encoder: nn.Module) -> MapEncoder:
     """The encoder as one with feature maps.
 

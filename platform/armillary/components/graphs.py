@@ -141,6 +141,11 @@ class GIN(nn.Module):
         self.eps = nn.Parameter(torch.zeros(depth))
         self.neck = nn.Linear(width * depth, embedding_dim)
 
+    def by_depth(self) -> list[list[nn.Parameter]]:
+        """Layer by layer; see :class:`~armillary.components.encoders.LayeredEncoder`. All eps count to the first."""
+        layers = [list(layer.parameters()) for layer in self.layers]
+        return [[self.eps, *layers[0]], *layers[1:]]
+
     def forward(self, pictures: Tensor) -> Tensor:
         """Embeds graphs' pictures ``(batch, 1, N, 1 + F + N)`` as ``(batch, embedding_dim)``."""
         mask, hidden, adjacency = unpack(pictures)

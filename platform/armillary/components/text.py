@@ -68,6 +68,11 @@ class TextTransformer(nn.Module):
         words: Tensor = self.neck(self._hidden(ids)[:, 1:])
         return words
 
+    def by_depth(self) -> list[list[nn.Parameter]]:
+        """Words and positions, then layer by layer; see :class:`~armillary.components.encoders.LayeredEncoder`."""
+        blocks: Any = self.blocks
+        return [[*self.words.parameters(), self.start, self.positions], *(list(block.parameters()) for block in blocks)]
+
     def _hidden(self, ids: Tensor) -> Tensor:
         words = self.words(ids) + self.positions[:, : ids.shape[1]]
         hidden = self.drop(torch.cat([self.start.to(words.dtype).expand(len(ids), -1, -1), words], dim=1))

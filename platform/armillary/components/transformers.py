@@ -90,6 +90,13 @@ class TokenBody(nn.Module):
         normed: Tensor = self.norm(hidden)
         return normed
 
+    def by_depth(self) -> list[list[nn.Parameter]]:
+        """What makes the tokens, then layer by layer; see :class:`~armillary.components.encoders.LayeredEncoder`."""
+        blocks: Any = self.blocks
+        layers = [list(block.parameters()) for block in blocks]
+        behind = {id(parameter) for part in (self.norm, self.blocks) for parameter in part.parameters()}
+        return [[parameter for parameter in self.parameters() if id(parameter) not in behind], *layers]
+
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
         """The prefix tokens' positions, if they have any, and the patches'."""
         count = self.pos_embed.shape[1] - self.grid[0] * self.grid[1]

@@ -127,6 +127,12 @@ class OptimizerSpec(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     betas: tuple[float, float] = Field((0.9, 0.999), description="adam and adamw only")
     schedule: Literal["cosine", "step", "constant"] = "cosine"
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="each layer of the backbone learns this much slower than the one above; fine-tuning: 0.65 to 0.9",
+    )
     warmup_epochs: float = Field(2.0, ge=0, description="linear warm-up from zero")
     final_lr_ratio: float = Field(0.01, ge=0, le=1, description="cosine ends at this share of lr")
     step_epochs: tuple[int, ...] = Field((), description="step: epochs after which lr is multiplied by step_factor")

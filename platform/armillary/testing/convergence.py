@@ -11,7 +11,7 @@ from armillary.evaluation import suite
 from armillary.objectives import Objective
 from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import apply_overrides
-from armillary.training.engine import make_optimizer
+from armillary.training.optimizers import make_optimizer, set_learning_rate
 from armillary.training.preflight import Plan, plan
 from armillary.training.schedules import learning_rate
 
@@ -92,8 +92,7 @@ def fit(objective: Objective, ready: Plan) -> list[float]:
         total = 0.0
         for step, batch in enumerate(batches.epoch(epoch)):
             objective.step = epoch * steps + step
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(job.optimizer, epoch + (step + 1) / steps, job.train.epochs)
+            set_learning_rate(optimizer, learning_rate(job.optimizer, epoch + (step + 1) / steps, job.train.epochs))
             optimizer.zero_grad(set_to_none=True)
             loss = objective(batch).loss
             loss.backward()

@@ -17,16 +17,10 @@ from torch import Tensor, nn
 from armillary import collectives
 from armillary.objectives import Batch, Objective
 from armillary.spec.errors import UserError
-from armillary.spec.jobs import OptimizerSpec, TrainJob
+from armillary.spec.jobs import TrainJob
 from armillary.training.head_rows import HeadRows
-from armillary.training.optimizers import optimizer_over
+from armillary.training.optimizers import make_optimizer, set_learning_rate
 from armillary.training.shards import ShardReader, write_shard
-
-
-def make_optimizer(module: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
-    """The job's optimizer over the module's trainable parameters."""
-    return optimizer_over(module.parameters(), spec)
-
 
 # Stands for a module that DeepSpeed does not know and that is using parameters.
 _READER = -1
@@ -105,8 +99,7 @@ class Engine:
 
     def step(self, batches: list[Batch], lr: float) -> dict[str, Tensor]:
         """One optimizer step over this worker's micro-batches; returns its mean loss and metrics, detached."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._engine.optimizer, lr)
         bf16 = self.job.train.precision == "bf16"
         totals: dict[str, Tensor] = {}
         for batch in batches:

@@ -20,7 +20,7 @@ from armillary.components import counter
 from armillary.losses.class_head import ClassHeadLoss
 from armillary.objectives import Objective
 from armillary.spec.jobs import TrainJob
-from armillary.training.optimizers import optimizer_over
+from armillary.training.optimizers import optimizer_over, set_learning_rate
 from armillary.training.shards import ShardReader
 
 Slices = dict[tuple[str, str, int], Tensor]
@@ -151,8 +151,7 @@ class HeadRows:
         if self._optimizer is None:
             return
         if applied:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self._optimizer, lr)
             parts = self._gradients()
             if self._joint_norm is not None:
                 factor = (self._clip / (self._joint_norm + 1e-6)).clamp_max(1.0)

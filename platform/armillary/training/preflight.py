@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from armillary.components.backbones import Pixels, build_encoder, check_modality
-from armillary.components.encoders import check_ability, check_sizes
+from armillary.components.encoders import LayeredEncoder, check_ability, check_sizes
 from armillary.data.inputs import as_inputs
 from armillary.data.loader import Batches
 from armillary.data.pixels import mean_image
@@ -142,7 +142,9 @@ def _check_backbone(job: TrainJob, needs: Needs) -> None:
     check_modality(job.backbone.name, needs.modality, job.objective.name)
     try:
         with torch.device("meta"):
-            build_encoder(job.backbone, in_channels=1, image_size=job.data.image_size or (64, 64))
+            encoder = build_encoder(job.backbone, in_channels=1, image_size=job.data.image_size or (64, 64))
+        if job.optimizer.layer_decay < 1 and not any(isinstance(part, LayeredEncoder) for part in encoder.modules()):
+            raise UserError(f"{job.backbone.name} has no layers", key="optimizer.layer_decay", allowed="1")
     except UserError as error:
         # How large the images are is known when the data is there.
         if job.data.image_size or error.key not in ("backbone.patch", "data.image_size"):
