@@ -31,13 +31,19 @@ class _Remembering(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The embeddings; the stored ones while it is asked for the tensor it was asked for last."""
-        if self._last is None or self._last[0] is not images:
+        if self._last is None or not _same_memory(self._last[0], images):
             self._last = (images, self.encoder(images))
         return self._last[1]
 
     def forget(self) -> None:
         """Drops what it stored; once a step."""
         self._last = None
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether both are one tensor: at ZeRO 3 every call of a module gets an alias of its argument."""
+    place = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in (one, other)]
+    return place[0] == place[1]
 
 
 def inner_hyperparameters(of: dict[str, Any]) -> tuple[type[Objective], Any]:

@@ -68,7 +68,9 @@ class HeadRows:
         self._places: dict[str, int] = {}  # flattened position of this worker's first element, by full name
         self.rows: dict[str, Tensor] = {}
         self._trained: list[tuple[ClassHeadLoss, str, Tensor]] = []
+        self._kinds: dict[str, str] = {}  # how checkpoints name it, by full name: param or buffer
         for prefix, head in self._heads.items():
+            parameters = dict(head.named_parameters(recurse=False))
             split = head.split_rows(collectives.rank(), collectives.world_size())
             if job.train.sample_rate < 1:
                 head.row_sampler = ClassSampler(job.train.sample_rate, split.first, split.count, objective, job.seed)
@@ -76,6 +78,7 @@ class HeadRows:
                 full = f"{prefix}.{name}" if prefix else name
                 self.rows[full] = row
                 self._places[full] = split.first * math.prod(row.shape[1:])
+                self._kinds[full] = "param" if name in parameters else "buffer"
                 if row.requires_grad:
                     self._trained.append((head, name, row))
         trained = [row for _, _, row in self._trained]
@@ -173,7 +176,7 @@ class HeadRows:
             if not row.numel():
                 continue
             start = self._places[name]
-            slices["param" if row.is_floating_point() else "buffer", name, start] = row.detach().reshape(-1)
+            slices[self._kinds[name], name, start] = row.detach().reshape(-1)
             for key, value in self._state(row).items():
                 slices[key, name, start] = value.reshape(-1) if value.ndim else value
         return slices
