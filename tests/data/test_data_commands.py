@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -141,3 +142,17 @@ def test_a_sheet_that_cannot_be_written(people: Path, capsys: pytest.CaptureFixt
     code, _, err = run(capsys, "inspect", "people", "--sheet", "absent/sheet.png")
     assert code == 2
     assert "cannot write absent/sheet.png" in err
+
+
+def test_a_full_disk_is_one_sentence_and_no_traceback(
+    people: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("armillary.data.writing.ShardWriter.add", full)
+    code, _, error = run(capsys, "import", "folder", str(people), "--name", "full")
+    assert code == 1
+    assert "No space left on device" in error
+    assert "repeat the command" in error
+    assert "Traceback" not in error

@@ -335,3 +335,9 @@ def test_memory_does_not_grow_with_the_source(kind: str, tmp_path: Path) -> None
     assert size > 55e6
     assert peak < 48e6
     assert peak_arrow < 48e6
+
+
+def test_a_bucket_that_is_not_there_is_named(tmp_path: Path, bucket: str) -> None:
+    made = archives.folder(tmp_path)
+    with pytest.raises(UserError, match="there is no bucket 'no-such-bucket'"):
+        import_dataset("folder", "s3://no-such-bucket/out", made.source)

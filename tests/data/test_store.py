@@ -324,3 +324,10 @@ def test_nothing_to_import_is_an_error_and_leaves_nothing(armillary_home: Path) 
 def test_an_importers_bug_does_not_reach_the_store(record: Record) -> None:
     with pytest.raises(ValueError):
         write_dataset("bug", [record], class_names=["a"])
+
+
+def test_places_that_cannot_be_written_to_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write to .*file/sub"):
+        write_dataset(str(tmp_path / "file" / "sub"), varied(), class_names=["a", "b", "c"], columns=COLUMNS)  # type: ignore[arg-type]
+    assert (tmp_path / "file").read_text() == "in the way"

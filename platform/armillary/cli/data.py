@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from armillary.cli import make
+from armillary.spec.errors import WorkFailed
 
 if TYPE_CHECKING:
     from armillary.data.importers import Importer
@@ -126,7 +127,11 @@ def import_one(
     }  # fmt: skip
     options = {key: value for key, value in given.items() if value is not None}
     with _bar(f"importing {kind}") as report:
-        dataset = import_dataset(kind, name, source, report, options)
+        try:
+            dataset = import_dataset(kind, name, source, report, options)
+        except OSError as error:
+            # A full disk or a lost connection: what is complete stays, and the same command takes it over.
+            raise WorkFailed(f"the import stopped: {error}; repeat the command to go on") from error
     if as_json:
         print_json(_details(dataset))
         return
