@@ -37,7 +37,7 @@ bench: install-bench  ## Every figure as a ratio to a peer or to its floor, then
 	@$(BIN)/python bench/_all.py $(BENCH) $(if $(JSON),--json $(JSON))
 
 test: install-test lint types imports  ## Lint, types, import rules and every test
-	$(PYTEST)
+	$(PYTEST) --durations=25
 
 test-fast: install-test  ## The tests that take no cluster and no long training
 	$(PYTEST) -m "not slow"
