@@ -16,7 +16,7 @@ from armillary.components.backbones import build_encoder
 from armillary.components.normalization import convert_batch_norm
 from armillary.losses.tensors import normalize, widen
 from armillary.spec.errors import UserError, unknown_name
-from armillary.spec.home import runs_dir
+from armillary.spec.home import DESCRIPTION, HEAD, WEIGHTS, runs_dir
 from armillary.spec.jobs import BackboneSpec
 
 
@@ -123,9 +123,9 @@ def check_teacher(run: str, key: str) -> dict[str, Any]:
     if not folder.parent.is_dir():
         known = sorted(path.name for path in runs_dir().glob("*"))[-20:]
         raise unknown_name("run", run, known, key=key)
-    if not all((folder / name).is_file() for name in ("model.json", "encoder.safetensors", "head.safetensors")):
+    if not all((folder / name).is_file() for name in (DESCRIPTION, WEIGHTS, HEAD)):
         raise UserError(f"run {run} left no classifier", key=key, allowed="a finished run of the objective softmax")
-    description: dict[str, Any] = json.loads((folder / "model.json").read_text())
+    description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
     if description["objective"] != "softmax":
         raise UserError(
             f"run {run} was trained with {description['objective']}, whose rows are no linear classifier",
@@ -155,8 +155,8 @@ def load_teacher(run: str, classes: int, key: str) -> LinearClassifier:
             BackboneSpec(**description["backbone"]), in_channels=description["in_channels"], image_size=(height, width)
         )
     )
-    encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
-    rows = {name.rpartition(".")[2]: value for name, value in load_file(folder / "head.safetensors").items()}
+    encoder.load_state_dict(load_file(folder / WEIGHTS))
+    rows = {name.rpartition(".")[2]: value for name, value in load_file(folder / HEAD).items()}
     weight = rows["weight"]
     if len(weight) != classes:
         raise UserError(f"run {run} knows {len(weight)} classes, the data has {classes}", key=key)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, cast
+from dataclasses import replace
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -20,6 +21,15 @@ from armillary.objectives.queue_contrastive import MomentumQueueObjective, Queue
 from armillary.objectives.registry import register
 
 _KMEANS, _SUBSET, _INSTANCES, _PROTOTYPES = 71, 72, 73, 74
+_NEEDS = Needs(views=2, recipe="moco_v1", components=("projector", "teacher", "queue", "clusters"))
+# What both take to be trained in seconds.
+_SMALL: dict[str, Any] = {
+    "objective.queue_size": 256,
+    "objective.momentum": 0.99,
+    "objective.projection_dim": 64,
+    "objective.projection_hidden": 256,
+    "objective.warmup_epochs": 3,
+}
 ClusterCounts = tuple[Annotated[int, Field(ge=2, le=10_000_000)], ...]
 
 
@@ -65,6 +75,22 @@ class PrototypicalObjective(MomentumQueueObjective):
         )
         self.cluster(rows[seen], seen.nonzero().squeeze(1), key(_KMEANS, self.seed, epoch))
 
+    def forward(self, batch: Batch) -> Output:
+        """MoCo's loss during the warm-up, then the method's own."""
+        metrics: dict[str, Tensor] = {}
+        queries, keys = self.queries_and_keys(batch)
+        method = self.clustered_loss if self.clustered else self.momentum_contrast
+        return Output(method(queries, keys, batch.index, metrics), metrics)
+
+    def momentum_contrast(self, queries: Tensor, keys: Tensor, index: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        """MoCo's loss of queries and keys ``(batch, dim)``."""
+        value: Tensor = self.loss(queries, keys, self.queue.rows, metrics=metrics)
+        return value
+
+    def clustered_loss(self, queries: Tensor, keys: Tensor, index: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        """The loss of the samples at ``index (batch,)`` once there are clusters."""
+        raise NotImplementedError(f"{type(self).__name__} does not define clustered_loss")
+
     def rooms(self) -> list[ClusterLevel]:
         """The clusterings, typed."""
         return [cast(ClusterLevel, level) for level in self.levels]
@@ -94,18 +120,8 @@ class PCL(PrototypicalObjective):
         "ICLR",
         "https://arxiv.org/abs/2005.04966",
     )
-    needs = Needs(views=2, recipe="moco_v1", components=("projector", "teacher", "queue", "clusters"))
-    convergence = Convergence(
-        margin=0.04,
-        job={
-            "objective.queue_size": 256,
-            "objective.momentum": 0.99,
-            "objective.projection_dim": 64,
-            "objective.projection_hidden": 256,
-            "objective.clusters": [20, 50],
-            "objective.warmup_epochs": 3,
-        },
-    )
+    needs = _NEEDS
+    convergence = Convergence(margin=0.04, job={**_SMALL, "objective.clusters": [20, 50]})
 
     class Hyperparameters(PrototypicalHyperparameters):
         """Clusterings, queue, momentum, projector."""
@@ -133,22 +149,15 @@ class PCL(PrototypicalObjective):
             found = kmeans(features, min(len(level.prototypes), len(features)), seed=key(seed, number))
             level.take(found, options.temperature, options.smoothing, places)
 
-    def forward(self, batch: Batch) -> Output:
+    def clustered_loss(self, queries: Tensor, keys: Tensor, index: Tensor, metrics: dict[str, Tensor]) -> Tensor:
         """MoCo's loss and the mean over clusterings."""
-        metrics: dict[str, Tensor] = {}
-        queries, keys = self.queries_and_keys(batch)
-        loss = self.loss(queries, keys, self.queue.rows, metrics=metrics)
-        if self.clustered:
-            terms = [
-                prototype_contrast(
-                    queries, level.prototypes, level.widths, level.assigned[batch.index], self._allowed(level)
-                )
-                for level in self.rooms()
-            ]
-            prototype = torch.stack(terms).mean()
-            metrics["prototype_loss"] = prototype.detach()
-            loss = loss + prototype
-        return Output(loss, metrics)
+        terms = [
+            prototype_contrast(queries, level.prototypes, level.widths, level.assigned[index], self._allowed(level))
+            for level in self.rooms()
+        ]
+        prototype = torch.stack(terms).mean()
+        metrics["prototype_loss"] = prototype.detach()
+        return self.momentum_contrast(queries, keys, index, metrics) + prototype
 
     def _allowed(self, level: ClusterLevel) -> Tensor | None:
         """A random part of the centroids, where there are more than wanted."""
@@ -180,19 +189,8 @@ class HCSC(PrototypicalObjective):
         "CVPR",
         "https://arxiv.org/abs/2202.00455",
     )
-    needs = Needs(views=2, recipe="moco_v2", components=("projector", "teacher", "queue", "clusters"))
-    convergence = Convergence(
-        margin=0.04,
-        job={
-            "objective.queue_size": 256,
-            "objective.momentum": 0.99,
-            "objective.projection_dim": 64,
-            "objective.projection_hidden": 256,
-            "objective.clusters": [50, 20, 8],
-            "objective.warmup_epochs": 3,
-            "views.blur": 0.0,
-        },
-    )
+    needs = replace(_NEEDS, recipe="moco_v2")
+    convergence = Convergence(margin=0.04, job={**_SMALL, "objective.clusters": [50, 20, 8], "views.blur": 0.0})
 
     class Hyperparameters(PrototypicalHyperparameters):
         """The hierarchy, what is selected, queue, momentum, projector."""
@@ -221,12 +219,8 @@ class HCSC(PrototypicalObjective):
         for number, (level, found) in enumerate(zip(self.rooms(), hierarchy(features, sizes, seed=seed), strict=True)):
             level.take(found, options.temperature, options.smoothing, None if number else places)
 
-    def forward(self, batch: Batch) -> Output:
-        """Both selective losses; MoCo's during the warm-up."""
-        metrics: dict[str, Tensor] = {}
-        queries, keys = self.queries_and_keys(batch)
-        if not self.clustered:
-            return Output(self.loss(queries, keys, self.queue.rows, metrics=metrics), metrics)
+    def clustered_loss(self, queries: Tensor, keys: Tensor, index: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        """Both selective losses."""
         unit = normalize(widen(queries.detach()))
         # Rows of zeros have cosine 0: a query that is far from all clusters must not be given to one of those.
         cosines = [
@@ -235,10 +229,10 @@ class HCSC(PrototypicalObjective):
         ]
         own = [cosine.argmax(dim=1) for cosine in cosines]
         levels = range(len(own))
-        instance = torch.stack([self._instances(number, queries, keys, own, batch.index) for number in levels]).sum()
-        prototype = torch.stack([self._prototypes(number, queries, own, batch.index) for number in levels]).mean()
+        instance = torch.stack([self._instances(number, queries, keys, own, index) for number in levels]).sum()
+        prototype = torch.stack([self._prototypes(number, queries, own, index) for number in levels]).mean()
         metrics.update(instance_loss=instance.detach(), prototype_loss=prototype.detach())
-        return Output(instance + prototype, metrics)
+        return instance + prototype
 
     def _instances(self, number: int, queries: Tensor, keys: Tensor, own: list[Tensor], index: Tensor) -> Tensor:
         level, negatives = self.rooms()[number], self.queue.rows.to(keys.dtype)

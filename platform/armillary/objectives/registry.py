@@ -14,7 +14,7 @@ from armillary.objectives.base import Objective
 from armillary.spec.errors import UserError, nearest, unknown_name
 
 _REGISTERED: dict[str, type[Objective]] = {}
-_NOT_FAMILIES = {"base", "bases", "card", "registry", "terms"}
+_NOT_FAMILIES = {"base", "bases", "card", "registry", "regularizers", "terms"}
 ENTRY_POINT_GROUP = "armillary.objectives"
 
 

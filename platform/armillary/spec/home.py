@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# In the folder ``model`` of a run: the encoder's weights, how it is built, the rows of class heads.
+WEIGHTS, DESCRIPTION, HEAD = "encoder.safetensors", "model.json", "head.safetensors"
+
 
 def home() -> Path:
     """The absolute state folder; it is not created here."""

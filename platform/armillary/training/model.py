@@ -23,10 +23,10 @@ from armillary.components.towers import TwoTowers
 from armillary.objectives import Objective
 from armillary.objectives.terms import WithTerms
 from armillary.spec.errors import UserError
+from armillary.spec.home import DESCRIPTION, HEAD, WEIGHTS
 from armillary.spec.jobs import BackboneSpec, TrainJob
 from armillary.training.rundir import RunDirectory, write_atomically
 
-WEIGHTS, DESCRIPTION, HEAD = "encoder.safetensors", "model.json", "head.safetensors"
 PROJECTOR = "projector.safetensors"
 TOKENIZER = "tokenizer.json"
 
