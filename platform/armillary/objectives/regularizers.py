@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from armillary.components.counter import key, normals, sample_keys, uniforms
 from armillary.losses.class_centers import CenterLoss, RingLoss
+from armillary.losses.coding_rate import CodingRate
 from armillary.losses.embedding_dropout import SampleGuidedContrast
 from armillary.losses.information_bottleneck import InformationLowerBound, VariationalBottleneck
 from armillary.losses.range_loss import RangeLoss
 from armillary.losses.self_distillation import KoLeo
-from armillary.losses.tensors import float32_math
+from armillary.losses.tensors import float32_math, normalize, widen
 from armillary.losses.uniformity import Uniformity
 from armillary.objectives import base
 from armillary.objectives.base import BuildContext
@@ -70,6 +71,27 @@ class UniformityTerm(Term):
     def forward(self, seen: Embedded) -> Tensor:
         """Of each view by itself."""
         return _mean_over_views(self.loss, seen)
+
+
+@register_term
+class CodingRateTerm(Term):
+    """Directions tell as much as they can through noise (Linsker 1988, infomax); mean over views."""
+
+    name = "coding_rate"
+    batch_coupled = True
+
+    class Hyperparameters(base.Hyperparameters):
+        """Argument of :class:`armillary.losses.CodingRate`."""
+
+        noise_variance: float = Field(0.5, ge=1e-4, le=100, description="sigma^2 of the channel's noise")
+
+    def build(self, context: BuildContext) -> None:
+        """Makes the loss."""
+        self.loss = CodingRate(self.hyperparameters.noise_variance)
+
+    def forward(self, seen: Embedded) -> Tensor:
+        """Of each view's unit vectors by itself: of longer ones it would only make longer ones still."""
+        return torch.stack([self.loss(normalize(widen(view))) for view in seen.views]).mean()
 
 
 @register_term
