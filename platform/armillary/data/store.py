@@ -45,7 +45,7 @@ from armillary.data.layout import (
     table_columns,
 )
 from armillary.data.reading import Damaged, ShardReader
-from armillary.data.writing import JOURNAL, ShardWriter, publish, release, temporary_folder, write_bytes
+from armillary.data.writing import JOURNAL, ShardWriter, place_to_write, publish, release, write_bytes
 from armillary.spec.errors import UserError, nearest, unknown_name
 from armillary.spec.home import datasets_dir
 
@@ -339,7 +339,7 @@ def write_dataset(
     if identity is not None and not callable(records):
         raise ValueError("to resume, records must be a function of the position to start at")
     local = "://" not in location
-    work = _place(filesystem, root, location, local, identity)
+    work = place_to_write(filesystem, root, location, local, identity)
     writer = ShardWriter(filesystem, work, class_names, columns or {}, shard_rows, form, identity)
     try:
         writer.resume()
@@ -374,25 +374,6 @@ def write_dataset(
         if local:
             shutil.rmtree(work, ignore_errors=True)
     return open_dataset(name_or_path)
-
-
-def _place(filesystem: fs.FileSystem, root: str, location: str, local: bool, identity: str | None) -> str:
-    """Where to write: a temporary folder, or the prefix of an object store itself.
-
-    Raises:
-        UserError: no folder can be made there, or there is no such bucket.
-    """
-    from pyarrow import fs
-
-    if local:
-        try:
-            return str(temporary_folder(Path(root), identity))
-        except OSError as error:
-            raise UserError(f"cannot write to {location}: {error.strerror or error}") from error
-    bucket = root.split("/", 1)[0]
-    if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
-        raise UserError(f"cannot write to {location}: there is no bucket {bucket!r}")
-    return root
 
 
 def _tidy(filesystem: fs.FileSystem, root: str, manifest: Manifest | None) -> None:

@@ -305,6 +305,25 @@ def temporary_folder(target: Path, identity: str | None = None) -> Path:
     return folder
 
 
+def place_to_write(filesystem: fs.FileSystem, root: str, location: str, local: bool, identity: str | None) -> str:
+    """Where to write: a temporary folder, or the prefix of an object store itself.
+
+    Raises:
+        UserError: no folder can be made there, or there is no such bucket.
+    """
+    from pyarrow import fs
+
+    if local:
+        try:
+            return str(temporary_folder(Path(root), identity))
+        except OSError as error:
+            raise UserError(f"cannot write to {location}: {error.strerror or error}") from error
+    bucket = root.split("/", 1)[0]
+    if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+        raise UserError(f"cannot write to {location}: there is no bucket {bucket!r}")
+    return root
+
+
 def release(work: Path) -> None:
     """Leaves a folder to the next writer of the same content, even to one of this process."""
     name, random = work.name.rsplit("-", 2)[0], work.name.rsplit("-", 1)[1]
