@@ -28,7 +28,7 @@ HEADS = {"arcface": {"scale": 8.0}, "softmax": {}, "normface": {"scale": 8.0}}
 def make(head: str, classes: int = CLASSES) -> Objective:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 6))
-    hyperparameters = registry.hyperparameters(head, HEADS[head])
+    hyperparameters = registry.hyperparameters(head, HEADS.get(head, {}))
     return registry.get(head)(hyperparameters, BuildContext(encoder, 6, classes, 100))
 
 
@@ -165,6 +165,33 @@ def test_a_checkpoint_of_two_goes_on_with_any(
     if workers == 2:
         shared_pool().run(train, "softmax", options, 0, STEPS, None, str(tmp_path / "whole"))
         assert_same(stored(tmp_path / "end"), stored(tmp_path / "whole"), 0)
+
+
+def margins(load: str | None, save: str | None) -> dict[str, Tensor]:
+    """Fair Loss' margins of all classes, set to their numbers or loaded."""
+    objective: Any = make("fair_loss")
+    engine = Engine(objective, job("fair_loss", {}), torch.device("cpu"))
+    if load:
+        engine.load(Path(load))
+    else:
+        objective.loss.set_margins(torch.arange(CLASSES) / 10)
+    if save:
+        Path(save).mkdir(parents=True, exist_ok=True)
+        engine.save(Path(save))
+    found = engine.class_rows()
+    engine.close()
+    return found
+
+
+def test_what_belongs_to_a_class_goes_with_its_row(tmp_path: Path, alone: GlooPool, three: GlooPool) -> None:
+    """Margins of classes are no parameters, but split like them: any number of workers finds them by class."""
+    folder = str(tmp_path)
+    before = shared_pool().run(margins, None, folder)[0]
+    assert torch.equal(before["loss.class_margins"], torch.arange(CLASSES) / 10)
+    assert "loss.class_margins" not in stored(tmp_path)
+    for pool in (alone, shared_pool(), three):
+        for found in pool.run(margins, folder, None):
+            assert_same(found, before, 0)
 
 
 def test_fewer_classes_than_workers(tmp_path: Path, three: GlooPool) -> None:
