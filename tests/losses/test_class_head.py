@@ -156,8 +156,9 @@ def test_gradcheck(name: str, small_chunks: None) -> None:
 def test_the_nearest_class(name: str, small_chunks: None) -> None:
     head, given, labels = make(name), embeddings(), torch.tensor(LABELS)[:, None]
     samples = head._samples(given, labels, {}, None)
-    predicted = head.head_terms(samples).predicted
-    assert torch.equal(predicted, head.similarity(given, head.rows()).argmax(dim=1, keepdim=True))
+    expected = head.similarity(given, head.rows()).argmax(dim=1, keepdim=True)
+    assert torch.equal(samples.predicted(), expected)
+    assert torch.equal(head.head_terms(samples).correct, expected == labels)
 
 
 @pytest.mark.parametrize("scale", [64.0, 1000.0])

@@ -155,7 +155,7 @@ class P2SGrad(ClassHeadLoss):
         """Half the squared errors of all cosines."""
         others = samples.classes.sum(lambda similarity, _: similarity.square())
         own = samples.similarity
-        return HeadTerms(self.factor * ((own - 1).square() + others) / 2, own.detach(), samples.predicted())
+        return HeadTerms(self.factor * ((own - 1).square() + others) / 2, own.detach(), samples.correct())
 
 
 class SigmoidWeightedArcFace(ArcFace):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-# Classes at a time. With 256 samples a chunk of float32 terms is 4 MB, which stays in cache; smaller chunks only mean
-# more operations, at each of which the threads wait for each other.
-CHUNK = 4096
+# Classes at a time. With 256 samples and dimensions a chunk's rows, keys, terms and gradients are 2 MB each, which stay
+# in cache; smaller chunks only mean more operations, at each of which the threads wait for each other.
+CHUNK = 2048
 
 Rows = Mapping[str, Tensor]
 Similarity = Callable[[Tensor, Rows], Tensor]
@@ -105,8 +105,8 @@ class OwnEntries:
 class ClassPass:
     """What the reductions of one forward pass share.
 
-    ``rows`` are detached. ``best`` and ``nearest`` ``(batch, 1)`` are filled by the first reduction: the largest
-    similarity (or a number that orders alike) to a class other than the own, and that class's row.
+    ``rows`` are detached. ``best (batch, 1)`` is filled by the first reduction: the largest similarity to a class other
+    than the own.
     """
 
     rows: dict[str, Tensor]
@@ -114,7 +114,6 @@ class ClassPass:
     gradients: RowGradients
     product_type: torch.dtype | None = None
     best: Tensor | None = None
-    nearest: Tensor | None = None
     chunk: int = field(default_factory=lambda: CHUNK)
     names: tuple[str, ...] = field(init=False)
 
@@ -130,21 +129,6 @@ class ClassPass:
         """(start, stop) of each chunk."""
         for start in range(0, self.count, self.chunk):
             yield start, min(start + self.chunk, self.count)
-
-
-class Nearest:
-    """The running maximum over chunks, with its column; rows that do not improve cost nothing but a comparison."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.best = torch.full_like(like, -math.inf)
-        self.column = torch.zeros(like.shape, dtype=torch.int64, device=like.device)
-
-    def update(self, values: Tensor, largest: Tensor, start: int) -> None:
-        """Takes in a chunk ``values (batch, columns)`` whose maxima are ``largest (batch, 1)``."""
-        better = (largest > self.best).squeeze(1).nonzero().squeeze(1)
-        if len(better):
-            self.best[better] = largest[better].to(self.best.dtype)
-            self.column[better] = start + values[better].argmax(dim=1, keepdim=True)
 
 
 class Reduction(Function):
@@ -164,7 +148,7 @@ class Reduction(Function):
         """``inputs`` are the columns called ``names``, then the outputs of :class:`EnterRows`."""
         columns = dict(zip(names, inputs, strict=False))
         largest = embeddings.new_full((len(embeddings), 1), -math.inf)
-        total, nearest = torch.zeros_like(largest), Nearest(largest)
+        total, best = torch.zeros_like(largest), largest
         blank = -math.inf if how == "logsumexp" else 0.0
         for start, stop in classes.chunks():
             own = classes.own.inside(start, stop)
@@ -173,7 +157,7 @@ class Reduction(Function):
             term[own] = blank
             if classes.best is None:
                 others = values.index_put(own, values.new_tensor(-math.inf))
-                nearest.update(others, others.amax(dim=1, keepdim=True), start)
+                best = torch.maximum(best, others.amax(dim=1, keepdim=True))
             if how == "sum":
                 total += term.sum(dim=1, keepdim=True)
                 continue
@@ -181,7 +165,7 @@ class Reduction(Function):
             total = total * decay(largest, raised) + term.sub_(finite(raised)).exp_().sum(dim=1, keepdim=True)
             largest = raised
         if classes.best is None:
-            classes.best, classes.nearest = nearest.best, nearest.column
+            classes.best = best
         result = total if how == "sum" else total.log() + finite(largest)
         ctx.classes, ctx.how, ctx.similarity, ctx.terms, ctx.names = classes, how, similarity, terms, names
         ctx.save_for_backward(embeddings, result, *inputs[: len(names)])

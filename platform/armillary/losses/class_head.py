@@ -68,8 +68,12 @@ class Samples:
         """To the own class, before any margin, ``(batch, 1)``, with gradient."""
         return self.own["similarity"]
 
+    def correct(self) -> Tensor:
+        """Whether no other class is nearer, ``(batch, 1)`` bool; known after the first reduction over the classes."""
+        return self.classes.best_other() <= self.similarity.detach()
+
     def predicted(self) -> Tensor:
-        """The class of the largest similarity, ``(batch, 1)``; known after the first reduction over the classes."""
+        """The class of the largest similarity, ``(batch, 1)``; it takes a pass over the classes."""
         best, nearest = self.classes.nearest_other()
         return torch.where(best > self.similarity.detach(), nearest, self.labels)
 
@@ -78,12 +82,12 @@ class Samples:
 class HeadTerms:
     """What the head says of each sample, all ``(batch, 1)``.
 
-    ``losses`` before weighting; ``similarity`` to the own class, before the margin; ``predicted``, the nearest class.
+    ``losses`` before weighting; ``similarity`` to the own class, before the margin; ``correct``, no other is nearer.
     """
 
     losses: Tensor
     similarity: Tensor
-    predicted: Tensor
+    correct: Tensor
 
 
 def softmax_head_loss(head: ClassHeadLoss, samples: Samples) -> HeadTerms:
@@ -102,7 +106,7 @@ def softmax_head_loss(head: ClassHeadLoss, samples: Samples) -> HeadTerms:
         )
     # -log(e^t / (e^t + e^o)) = log(1 + e^(o - t)): exact for any size of o - t, and never negative.
     losses = torch.logaddexp(torch.zeros_like(others), others - scale * target)
-    return HeadTerms(losses, samples.similarity.detach(), samples.predicted())
+    return HeadTerms(losses, samples.similarity.detach(), samples.correct())
 
 
 class ClassHeadLoss(nn.Module):
@@ -285,7 +289,7 @@ class ClassHeadLoss(nn.Module):
         samples = self._samples(embeddings, labels.long()[:, None], info, product_type)
         terms = self.head_terms(samples)
         if metrics is not None:
-            metrics["accuracy"] = (terms.predicted == samples.labels).to(embeddings.dtype).mean()
+            metrics["accuracy"] = terms.correct.to(embeddings.dtype).mean()
             metrics[f"target_{self.similarity_name}"] = terms.similarity.mean()
             metrics["scale"] = self.logit_scale(samples).detach().mean()
         weight = self.sample_weight(samples)

@@ -174,17 +174,29 @@ class Classes:
         logarithm = total.masked_fill(empty, 1.0).log() + self._mine(largest)
         return logarithm.masked_fill(empty, -math.inf)
 
-    def nearest_other(self) -> tuple[Tensor, Tensor]:
-        """(similarity or what orders like it, class) of the most similar class but the own, each ``(batch, 1)``.
-
-        Known after the first reduction.
-        """
-        best, row = self._pass.best, self._pass.nearest
-        if best is None or row is None:
+    def best_other(self) -> Tensor:
+        """The largest similarity to a class but the own, ``(batch, 1)``; known after the first reduction."""
+        best = self._pass.best
+        if best is None:
             raise RuntimeError("no reduction over the classes has run yet")
+        return self._mine(collectives.all_reduce_max(best)) if self.split else best
+
+    @torch.no_grad()
+    def nearest_other(self) -> tuple[Tensor, Tensor]:
+        """(similarity, class) of the most similar class but the own, each ``(batch, 1)``: a pass of its own."""
+        best = self.embeddings.new_full((len(self.embeddings),), -math.inf)
+        row = torch.zeros(len(best), dtype=torch.int64, device=best.device)
+        for start, stop in self._pass.chunks():
+            values = self.similarity(
+                self.embeddings, {name: part[start:stop] for name, part in self._pass.rows.items()}
+            )
+            values[self._pass.own.inside(start, stop)] = -math.inf
+            highest, column = values.max(dim=1)
+            row = torch.where(highest > best, start + column, row)
+            best = torch.maximum(best, highest)
         number = self._first + (row if self._ids is None else self._ids[row] if len(self._ids) else row)
         if not self.split:
-            return best, number
+            return best[:, None], number[:, None]
         top = collectives.all_reduce_max(best)
         number = torch.where(best == top, number, self.split.total)
-        return self._mine(top), self._mine(-collectives.all_reduce_max(-number))
+        return self._mine(top)[:, None], self._mine(-collectives.all_reduce_max(-number))[:, None]

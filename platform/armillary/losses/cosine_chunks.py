@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from armillary.losses.class_chunks import ClassPass, Nearest, decay, finite
+from armillary.losses.class_chunks import ClassPass, decay, finite
 from armillary.losses.tensors import normalize
 
 
@@ -42,18 +42,21 @@ def scaled_log_sum_exp(
 
 
 class _Keys:
-    """The keys of a chunk, made in one reused buffer, and the way back from their gradients to the rows'."""
+    """The keys of a chunk, made in one reused buffer, and the way back from their gradients to the rows'.
 
-    def __init__(self, classes: ClassPass, cosine: bool, like: Tensor, lengths: Tensor | None = None) -> None:
+    Args:
+        classes: the pass.
+        cosine: whether keys are rows of length 1.
+        like: the queries.
+        inverse: 1 / |W_j|, ``(rows, 1)``, 0 for rows of no length; without it :meth:`chunk` finds it on its way.
+    """
+
+    def __init__(self, classes: ClassPass, cosine: bool, like: Tensor, inverse: Tensor | None = None) -> None:
         self.weight, self.bias = classes.rows["weight"], classes.rows.get("bias")
         self.dtype = classes.product_type or like.dtype
         self._plain = not cosine and self.bias is None and self.dtype == self.weight.dtype
-        self.inverse = lengths
-        if cosine and lengths is None:
-            self.inverse = torch.empty(len(self.weight), 1, dtype=like.dtype, device=like.device)
-            for start, stop in classes.chunks():
-                norms = torch.linalg.vector_norm(self.weight[start:stop], dim=1, keepdim=True)
-                self.inverse[start:stop] = norms.masked_fill_(norms <= 1e-12, math.inf).reciprocal_()
+        self._measure = cosine and inverse is None
+        self.inverse = like.new_empty(len(self.weight), 1) if self._measure else inverse
         self._scratch = like.new_empty(0 if self._plain else min(classes.chunk, classes.count), like.shape[1])
         self._half = self._scratch.to(self.dtype) if self.dtype != like.dtype else self._scratch
 
@@ -64,7 +67,11 @@ class _Keys:
             return weight
         keys = self._half[: stop - start]
         if self.inverse is not None:
-            torch.mul(weight, self.inverse[start:stop], out=keys)
+            inverse = self.inverse[start:stop]
+            if self._measure:
+                torch.linalg.vector_norm(weight, dim=1, keepdim=True, out=inverse)
+                inverse.masked_fill_(inverse <= 1e-12, math.inf).reciprocal_()
+            torch.mul(weight, inverse, out=keys)
         else:
             keys[:, : weight.shape[1]] = weight
             if self.bias is not None:
@@ -80,27 +87,44 @@ class _Keys:
         gradient.mul_(inverse).addcmul_(weight, along.mul_(inverse.pow(3)), value=-1)
 
 
+class _Terms:
+    """``keys queries^T`` of a chunk, ``(classes, batch)``, in one reused buffer.
+
+    Classes come first: both products that take the terms' gradients on are quicker so.
+    """
+
+    def __init__(self, classes: ClassPass, queries: Tensor) -> None:
+        self._own, self._queries = classes.own, queries
+        self._space = queries.new_empty(len(queries) * min(classes.chunk, classes.count))
+
+    def of(self, keys: Tensor) -> Tensor:
+        """Valid until the next call."""
+        shape = len(keys), len(self._queries)
+        return torch.mm(keys, self._queries.T, out=self._space[: shape[0] * shape[1]].view(shape))
+
+    def fill_own(self, terms: Tensor, start: int, value: float) -> None:
+        """Writes ``value`` where a sample meets its own class."""
+        samples, columns = self._own.inside(start, start + len(terms))
+        terms[columns, samples] = value
+
+
 class _LogSumExp(Function):
     @staticmethod
     def forward(ctx: Any, classes: ClassPass, cosine: bool, queries: Tensor, *tokens: Tensor) -> Any:
         keys = _Keys(classes, cosine, queries)
-        halved = queries.to(keys.dtype)
-        largest = queries.new_full((len(queries), 1), -math.inf)
-        total, nearest = torch.zeros_like(largest), Nearest(largest)
-        space = halved.new_empty(len(queries) * min(classes.chunk, classes.count))
+        chunk_terms = _Terms(classes, queries.to(keys.dtype))
+        largest = queries.new_full((len(queries),), -math.inf)
+        total = torch.zeros_like(largest)
         for start, stop in classes.chunks():
-            terms = _terms(halved, keys.chunk(start, stop), space)
-            terms[classes.own.inside(start, stop)] = -math.inf
-            highest = terms.amax(dim=1, keepdim=True)
-            if classes.best is None:
-                nearest.update(terms, highest, start)
-            raised = torch.maximum(largest, highest.to(largest.dtype))
+            terms = chunk_terms.of(keys.chunk(start, stop))
+            chunk_terms.fill_own(terms, start, -math.inf)
+            raised = torch.maximum(largest, terms.amax(dim=0).to(largest.dtype))
             terms.sub_(finite(raised).to(terms.dtype)).exp_()
-            total = total * decay(largest, raised) + terms.sum(dim=1, keepdim=True, dtype=total.dtype)
+            total = total * decay(largest, raised) + terms.sum(dim=0, dtype=total.dtype)
             largest = raised
         if classes.best is None:
-            classes.best, classes.nearest = nearest.best, nearest.column
-        result = total.log() + finite(largest)
+            classes.best = largest[:, None]
+        result = (total.log() + finite(largest))[:, None]
         ctx.classes, ctx.cosine, ctx.tokens, ctx.inverse = classes, cosine, len(tokens), keys.inverse
         ctx.save_for_backward(queries, result)
         return result
@@ -110,54 +134,43 @@ class _LogSumExp(Function):
         classes: ClassPass = ctx.classes
         queries, result = ctx.saved_tensors
         keys = _Keys(classes, ctx.cosine, queries, ctx.inverse)
-        halved = queries.to(keys.dtype)
+        chunk_terms = _Terms(classes, queries.to(keys.dtype))
         # In half precision the shift is rounded; what that does to the softmax is one factor per sample.
         shift = finite(result).to(keys.dtype)
         factor = gradients[0] * (shift.to(result.dtype) - finite(result)).exp()
         weighted = (factor * queries).to(keys.dtype)
         to_queries = torch.zeros_like(queries)
-        space = halved.new_empty(len(queries) * min(classes.chunk, classes.count))
-        rows = _RowBuffers(classes, queries)
+        wanted = {name: row for name, row in classes.rows.items() if classes.gradients.wanted[name]}
+        buffers = {name: classes.gradients.buffer(name, row) for name, row in wanted.items()}
         for start, stop in classes.chunks():
             key = keys.chunk(start, stop)
-            softmax = _terms(halved, key, space).sub_(shift).exp_()
-            softmax[classes.own.inside(start, stop)] = 0
+            softmax = chunk_terms.of(key).sub_(shift.T).exp_()
+            chunk_terms.fill_own(softmax, start, 0)
             if key.dtype == to_queries.dtype:
-                to_queries.addmm_(softmax, key)
+                to_queries.addmm_(softmax.T, key)
             else:
-                to_queries += softmax @ key
-            rows.store(softmax, weighted, keys, start, stop)
+                to_queries += softmax.T @ key
+            if buffers:
+                _store(buffers, softmax, weighted, keys, start, stop)
         return (None, None, factor * to_queries, *[None] * ctx.tokens)
 
 
-def _terms(queries: Tensor, keys: Tensor, space: Tensor) -> Tensor:
-    """``queries keys^T`` in a buffer that is used again for every chunk."""
-    shape = len(queries), len(keys)
-    return torch.mm(queries, keys.T, out=space[: shape[0] * shape[1]].view(shape))
-
-
-class _RowBuffers:
-    """Writes the gradients of the rows, chunk by chunk, where :class:`RowGradients` collects them."""
-
-    def __init__(self, classes: ClassPass, like: Tensor) -> None:
-        wanted = classes.gradients.wanted
-        self._buffers = {
-            name: classes.gradients.buffer(name, row) for name, row in classes.rows.items() if wanted[name]
-        }
-
-    def store(self, softmax: Tensor, weighted: Tensor, keys: _Keys, start: int, stop: int) -> None:
-        """The chunk's part: ``softmax^T weighted`` through the keys."""
-        if not self._buffers:
-            return
-        direct = self._buffers.get("weight", (None, False))
-        if direct[0] is not None and direct[1] and keys.bias is None and keys.dtype == direct[0].dtype:
-            keys.project(torch.mm(softmax.T, weighted, out=direct[0][start:stop]), start, stop)
-            return
-        gradient = (softmax.T @ weighted).to(keys.weight.dtype)
-        keys.project(gradient, start, stop)
-        parts = {"weight": gradient[:, : keys.weight.shape[1]], "bias": gradient[:, -1]}
-        for name, (buffer, new) in self._buffers.items():
-            if new:
-                buffer[start:stop] = parts[name]
-            else:
-                buffer[start:stop] += parts[name]
+def _store(
+    buffers: dict[str, tuple[Tensor, bool]], softmax: Tensor, weighted: Tensor, keys: _Keys, start: int, stop: int
+) -> None:
+    """Writes the rows' gradients of a chunk, ``softmax weighted`` through the keys, or adds them to what is there."""
+    direct = keys.bias is None and "weight" in buffers and buffers["weight"][1]
+    gradient = buffers["weight"][0][start:stop] if direct else keys.weight.new_empty(len(softmax), weighted.shape[1])
+    if softmax.dtype == gradient.dtype:
+        torch.mm(softmax, weighted, out=gradient)
+    else:
+        gradient.copy_(softmax @ weighted)
+    keys.project(gradient, start, stop)
+    if direct:
+        return
+    parts = {"weight": gradient[:, : keys.weight.shape[1]], "bias": gradient[:, -1]}
+    for name, (buffer, new) in buffers.items():
+        if new:
+            buffer[start:stop] = parts[name]
+        else:
+            buffer[start:stop] += parts[name]

@@ -112,7 +112,8 @@ class DirectedArcFace(ArcFace):
         terms = super().head_terms(samples)
         unit = normalize(samples.embeddings)
         own, predicted = (
-            normalize(self.rows_of(labels.squeeze(1)).to(unit.dtype)) for labels in (samples.labels, terms.predicted)
+            normalize(self.rows_of(labels.squeeze(1)).to(unit.dtype))
+            for labels in (samples.labels, samples.predicted())
         )
         along = (normalize(predicted - unit) * (own - unit)).sum(dim=1, keepdim=True)
         return replace(terms, losses=terms.losses + self.correction * along.abs())

@@ -305,4 +305,4 @@ class ProbabilityArcFace(ArcFace):
             self.margin * (-self.decay * probability).exp() if given is None else given.to(cosine.dtype).view(-1, 1)
         )
         losses = nn.functional.softplus(others - scale * self.target(cosine, margin))
-        return HeadTerms(losses, cosine.detach(), samples.predicted())
+        return HeadTerms(losses, cosine.detach(), samples.correct())
