@@ -16,6 +16,9 @@ from torch import Tensor
 
 from _measure import Report, arguments, best_times
 from armillary.components.center import Center
+from armillary.components.sinkhorn import sinkhorn
+from armillary.losses.cluster_contrast import SwappedPrediction
+from armillary.losses.decorrelation import BarlowTwins, VICReg
 from armillary.losses.self_distillation import CrossViewEntropy, KoLeo, MaskedPatchEntropy, centered_targets
 
 Step = Callable[[], object]
@@ -69,7 +72,46 @@ def koleo() -> tuple[Step, Step]:
     return lambda: backward(loss(rows), rows), lambda: backward(theirs(rows), rows)
 
 
-TABLE: dict[str, Callable[[], tuple[Step, Step]]] = {"DINO": dino, "iBOT": ibot, "KoLeo": koleo}
+def swav() -> tuple[Step, Step]:
+    """8 crops of 256 images, 3000 prototypes: codes of the large ones by Sinkhorn, loss, gradient."""
+    scores = (draw(8, 256, 3000).tanh()).requires_grad_()
+    loss, theirs = SwappedPrediction(0.1), peer.SwaVLoss()
+
+    def ours() -> None:
+        codes = torch.stack([sinkhorn(scores[view].detach()) for view in range(2)])
+        backward(loss(scores, codes), scores)
+
+    def lightly() -> None:
+        views = list(scores.unbind())
+        backward(theirs(views[:2], views[2:]), scores)
+
+    return ours, lightly
+
+
+def decorrelation(loss: Callable[..., Tensor], theirs: Callable[..., Tensor]) -> tuple[Step, Step]:
+    """Two views of 256 images, 2048 channels."""
+    views = torch.randn(2, 256, 2048, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    return lambda: backward(loss(*views.unbind()), views), lambda: backward(theirs(*views.unbind()), views)
+
+
+def barlow() -> tuple[Step, Step]:
+    """See :func:`decorrelation`."""
+    return decorrelation(BarlowTwins(), peer.BarlowTwinsLoss())
+
+
+def vicreg() -> tuple[Step, Step]:
+    """See :func:`decorrelation`."""
+    return decorrelation(VICReg(), peer.VICRegLoss())
+
+
+TABLE: dict[str, Callable[[], tuple[Step, Step]]] = {
+    "DINO": dino,
+    "iBOT": ibot,
+    "KoLeo": koleo,
+    "SwAV": swav,
+    "Barlow Twins": barlow,
+    "VICReg": vicreg,
+}
 
 
 def backward(loss: Tensor, inputs: Tensor) -> None:

@@ -22,8 +22,8 @@ from armillary.losses.self_distillation import (
     MaskedPatchEntropy,
     SimSiam,
     centered_targets,
-    soft_cross_entropy,
 )
+from armillary.losses.soft_targets import soft_cross_entropy, soft_targets
 from armillary.testing.gloo_pool import shared_pool
 
 
@@ -463,3 +463,17 @@ def test_two_workers_equal_one(kind: str) -> None:
     both = shared_pool().run(part, kind, len(inputs) // 2)
     assert sum(rank[0] for rank in both) / 2 == pytest.approx(float(value.detach()), rel=1e-10)
     assert both[0][1:] + both[1][1:] == pytest.approx(inputs.grad.flatten().tolist(), rel=1e-8, abs=1e-12)
+
+
+def test_soft_cross_entropy_is_the_composition_of_torch_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("armillary.losses.soft_targets._BLOCK", 64)
+    draw = torch.Generator().manual_seed(0)
+    logits = (30 * torch.randn(2, 11, 9, generator=draw, dtype=torch.float64)).requires_grad_()
+    targets = soft_targets(torch.randn(2, 11, 9, generator=draw, dtype=torch.float64), torch.zeros(9), 0.04)
+    weight = torch.rand(2, 11, generator=draw, dtype=torch.float64)
+    expected = -(targets * (logits / 0.1).log_softmax(dim=-1)).sum(dim=-1)
+    found = soft_cross_entropy(logits, targets, 0.1)
+    torch.testing.assert_close(found, expected)
+    wanted = torch.autograd.grad((weight * expected).sum(), logits)[0]
+    torch.testing.assert_close(torch.autograd.grad((weight * found).sum(), logits)[0], wanted)
+    assert soft_cross_entropy(logits[:, :0], targets[:, :0], 0.1).shape == (2, 0)

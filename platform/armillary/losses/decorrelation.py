@@ -135,7 +135,8 @@ class BarlowTwins(_TwoViews):
         n = self.batch_size(view1)
         left, right = self.centred(view1), self.centred(view2)
         roots = [(self.total(view.square().sum(0)) / n + self.eps).sqrt() for view in (left, right)]
-        correlation = self.second_moment(left, right) / n / (roots[0][:, None] * roots[1][None, :])
+        # Divided before the product, where there are n rows and not as many as channels.
+        correlation = self.second_moment(left / (n * roots[0]), right / roots[1])
         on, off = (1 - correlation.diagonal()).square().sum(), off_diagonal(correlation).square().sum()
         if metrics is not None:
             metrics.update(on_diagonal=on.detach(), off_diagonal=off.detach())

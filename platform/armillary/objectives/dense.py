@@ -20,13 +20,12 @@ from armillary.components.sinkhorn import sinkhorn
 from armillary.components.teacher import Teacher
 from armillary.losses import self_distillation as losses
 from armillary.losses.tensors import widen
-from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output
+from armillary.objectives.base import Batch, BuildContext, Citation, Needs, Output
 from armillary.objectives.registry import register
 from armillary.objectives.self_distillation import (
-    NEEDS_MORE,
-    SMALL_TOKENS_JOB,
     PrototypeDistillation,
     PrototypeHyperparameters,
+    small_tokens,
     target_entropy,
     with_local_crops,
 )
@@ -215,7 +214,7 @@ class IBOT(PatchDistillation):
         "https://arxiv.org/abs/2111.07832",
     )
     needs = with_local_crops(_TOKENS, 10)
-    convergence = Convergence(margin=-0.02, reason=NEEDS_MORE, job=SMALL_TOKENS_JOB)
+    convergence = small_tokens(0.06)
 
     class Hyperparameters(PatchHyperparameters):
         """iBOT has fewer prototypes and more small crops than DINO."""
@@ -300,7 +299,7 @@ class DINOv2(BalancedDistillation):
         "https://arxiv.org/abs/2304.07193",
     )
     needs = replace(_TOKENS, batch_coupled=True)
-    convergence = Convergence(margin=-0.02, reason=NEEDS_MORE, job=SMALL_TOKENS_JOB)
+    convergence = small_tokens(0.2)
 
     class Hyperparameters(DINOv2Hyperparameters):
         """How targets are kept from collapsing."""
@@ -337,11 +336,7 @@ class DINOv3Gram(BalancedDistillation):
         "https://arxiv.org/abs/2508.10104",
     )
     needs = DINOv2.needs
-    convergence = Convergence(
-        margin=-0.02,
-        reason=NEEDS_MORE,
-        job={**SMALL_TOKENS_JOB, "objective.start_step": 20, "objective.update_every": 20},
-    )
+    convergence = small_tokens(0.2, start_step=20, update_every=20)
 
     class Hyperparameters(DINOv2Hyperparameters):
         """When and how patches are anchored."""

@@ -16,15 +16,15 @@ from armillary.components.patches import crop_coordinates, grid_coordinates, sin
 from armillary.components.rotary import QueryToken, RotaryDecoder
 from armillary.losses import self_distillation as losses
 from armillary.losses.patch_contrast import ConceptContrast, PatchContrast
+from armillary.losses.soft_targets import soft_cross_entropy
 from armillary.losses.tensors import widen
-from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output
+from armillary.objectives.base import Batch, BuildContext, Citation, Needs, Output
 from armillary.objectives.dense import PatchDistillation, PatchHyperparameters, embed_each, patch_grid
 from armillary.objectives.registry import register
 from armillary.objectives.self_distillation import (
-    NEEDS_MORE,
-    SMALL_TOKENS_JOB,
     PrototypeDistillation,
     PrototypeHyperparameters,
+    small_tokens,
     target_entropy,
     with_local_crops,
 )
@@ -89,7 +89,7 @@ class PQ(PatchDistillation):
         "https://proceedings.mlr.press/v202/zhang23bd.html",
     )
     needs = with_local_crops(_NEEDS, 4)
-    convergence = Convergence(margin=-0.02, reason=NEEDS_MORE, job=SMALL_TOKENS_JOB)
+    convergence = small_tokens(0.05)
 
     class Hyperparameters(PatchHyperparameters):
         """Weight and form of the queries' loss."""
@@ -149,7 +149,7 @@ class PQ(PatchDistillation):
         self.query_center.hold(self.step, logits)
         targets = losses.centered_targets(logits, self.query_center.value, self.teacher_temperature)
         answers = self.patch_logits(tokens.queries).unflatten(0, (2, -1))
-        return losses.soft_cross_entropy(answers / self.hyperparameters.student_temperature, targets).mean()
+        return soft_cross_entropy(widen(answers), targets, self.hyperparameters.student_temperature).mean()
 
     def after_step(self, step: int) -> None:
         """Moves the queries' centre and the rest."""
@@ -185,7 +185,7 @@ class CR2PQ(PrototypeDistillation):
         "https://openreview.net/forum?id=3l6PwssLNY",
     )
     needs = with_local_crops(_NEEDS, 0)
-    convergence = Convergence(margin=-0.02, reason=NEEDS_MORE, job=SMALL_TOKENS_JOB)
+    convergence = small_tokens(0.2)
 
     class Hyperparameters(PrototypeHyperparameters):
         """Form and weight of the patches' loss."""
