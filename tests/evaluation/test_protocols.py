@@ -13,7 +13,7 @@ from armillary.evaluation.result import Templates
 from armillary.evaluation.suite import check_protocols
 from armillary.spec.errors import UserError
 
-CLOSED = ("few_label", "knn", "probe")
+CLOSED = ("few_label", "knn", "probe", "recommendation")
 TRAINED = (*CLOSED, "quality_verification")
 # Documented as a family: tar_at_far_1e-k.
 RATES = ("tar_at_far_", "dir_at_far_", "tpr_at_fpr_")
@@ -25,8 +25,8 @@ def grouped(size: int) -> Templates:
     return Templates(row, row // 2, row, gallery=np.where(row // 2 % 2, -1, 0))
 
 
-# What compares images with captions needs both; tests/data/test_text.py has them.
-WITHOUT_CAPTIONS = [name for name in protocols.names() if name != "cross_retrieval"]
+# What compares images with captions or users with items needs both; they have tests of their own.
+WITHOUT_CAPTIONS = [name for name in protocols.names() if name not in ("cross_retrieval", "recommendation")]
 
 
 @pytest.mark.parametrize("name", WITHOUT_CAPTIONS)

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from armillary.components.graphs import GIN
+from armillary.components.recommendation import LightGCN
 from armillary.components.tail import TailedEncoder
 from armillary.components.text import TextTransformer, WordVectors
 from armillary.components.transformers import from_timm, small_transformer
 from armillary.spec.errors import UserError, nearest, unknown_name
 from armillary.spec.jobs import BackboneSpec
 
-NAMES = ("small_convnet", "small_vit", "pixels", "text_transformer", "word_vectors", "gin")
+NAMES = ("small_convnet", "small_vit", "pixels", "text_transformer", "word_vectors", "gin", "lightgcn")
 # What networks take that take no images.
-MODALITIES = {"text_transformer": "text", "word_vectors": "text", "gin": "graph"}
+MODALITIES = {"text_transformer": "text", "word_vectors": "text", "gin": "graph", "lightgcn": "interactions"}
 # Images come in [0, 1]; these bring most photographs near mean 0 and variance 1.
 _MEAN, _STD = 0.5, 0.25
 _MIN_SIDE = 8
@@ -164,8 +165,10 @@ def build_encoder(spec: BackboneSpec, *, in_channels: int, image_size: tuple[int
         spec: the job's ``backbone`` section; its options are arguments of :class:`SmallConvNet` (width, dropout, pool),
             of :func:`~armillary.components.transformers.small_transformer` (width, depth, heads, patch, pool,
             positions, layer_scale) or of ``timm.create_model``; ``pixels`` takes none.
-        in_channels: channels of the images; for text the number of tokens in the vocabulary.
-        image_size: height and width in pixels; for text 1 and the longest sentence's tokens.
+        in_channels: channels of the images; for text the number of tokens in the vocabulary; for interactions users and
+            items together.
+        image_size: height and width in pixels; for text 1 and the longest sentence's tokens; for interactions users and
+            edges.
 
     Returns:
         A module from images ``(batch, in_channels, height, width)`` in [0, 1] to ``(batch, embedding_dim)``. ``pixels``
@@ -191,6 +194,8 @@ def build_encoder(spec: BackboneSpec, *, in_channels: int, image_size: tuple[int
         return WordVectors(in_channels, spec.embedding_dim)
     if spec.name == "gin":
         return _gin(spec, image_size)
+    if spec.name == "lightgcn":
+        return _lightgcn(spec, in_channels, image_size)
     if spec.name.startswith("timm/"):
         return _timm(spec, in_channels, image_size)
     raise unknown_name("backbone", spec.name, [*NAMES, "timm/<model>"], key="backbone.name")
@@ -224,6 +229,18 @@ def _gin(spec: BackboneSpec, size: tuple[int, int]) -> nn.Module:
         problem = f"{size[0]} x {size[1]} is no picture of graphs: N rows, and one column, features, N columns"
         raise UserError(problem, key="data.image_size", allowed="null", hint="data.name: motifs")
     return GIN(features, spec.embedding_dim, **spec.options)
+
+
+def _lightgcn(spec: BackboneSpec, nodes: int, size: tuple[int, int]) -> nn.Module:
+    _check_options(
+        spec,
+        {"layers": "an integer in 1..8", "ego": "true, false"},
+        {
+            "layers": lambda value: type(value) is int and 1 <= value <= 8,
+            "ego": lambda value: type(value) is bool,
+        },
+    )
+    return LightGCN(nodes, *size, spec.embedding_dim, **spec.options)
 
 
 def _text_transformer(spec: BackboneSpec, vocabulary: int, length: int) -> nn.Module:

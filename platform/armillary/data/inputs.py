@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from armillary.data.interactions import with_interactions
 from armillary.data.splits import PreparedData
 from armillary.data.text import with_text
 from armillary.objectives.base import Needs
@@ -22,4 +23,6 @@ def as_inputs(data: PreparedData, needs: Needs, spec: DataSpec, tokenizer: str =
     """
     if needs.modality in ("text", "image_text"):
         return with_text(data, spec.text, needs.modality, tokenizer)
+    if needs.modality == "interactions":
+        return with_interactions(data)
     return data

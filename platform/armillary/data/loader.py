@@ -9,6 +9,7 @@ from torch import Tensor
 
 from armillary.data import frames
 from armillary.data.ids import IdRows
+from armillary.data.interactions import NegativeItems
 from armillary.data.samplers import Population, check_groups, global_batches, steps_per_epoch
 from armillary.data.splits import Images, ImageSet
 from armillary.data.streaming import StoredImages
@@ -67,6 +68,9 @@ class Batches:
         self._partners: Partners | None = None
         if isinstance(train.images, IdRows) and needs.modality == "text" and needs.views > 1:
             self._partners = Partners(train.images.ids, train.label, train.index)
+        self._negatives: NegativeItems | None = None
+        if isinstance(train.images, IdRows) and needs.modality == "interactions":
+            self._negatives = NegativeItems(train.images, train.index)
         self._groups: Tensor | None = None
         if isinstance(train.images, StoredImages):
             groups = train.images.groups()
@@ -147,7 +151,12 @@ class Batches:
         return Batch(pixels, index, self._columns(rows), parameters)
 
     def _ids(self, rows: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, ...]:
-        """The samples; with further views also one of the same class, and a similar one of another class."""
+        """The samples; with further views also one of the same class, and a similar one of another class.
+
+        Interactions get a third column: an item that the user did not choose.
+        """
+        if self._negatives is not None:
+            return (torch.cat([ids, self._negatives(rows, self.seed, epoch)[:, None].to(self.device)], dim=1),)
         views = [ids]
         if self._partners is not None:
             partners = [self._partners.positives, self._partners.negatives][: self.needs.views - 1]

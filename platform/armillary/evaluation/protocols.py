@@ -20,7 +20,8 @@ from armillary.evaluation.neighbors import knn
 from armillary.evaluation.probe import few_label, probe
 from armillary.evaluation.quality import quality_verification
 from armillary.evaluation.ranking import identification, retrieval
-from armillary.evaluation.result import EvaluationSet, Pairs, ProtocolResult, Templates
+from armillary.evaluation.recommendation import recommendation
+from armillary.evaluation.result import EvaluationSet, Interactions, Pairs, ProtocolResult, Templates
 from armillary.evaluation.templates import templates as judge_templates
 from armillary.evaluation.verification import verification
 from armillary.spec.errors import UserError, unknown_name
@@ -71,6 +72,7 @@ _PROTOCOLS = {
         Protocol("quality_verification", _FITTED, quality_verification),
         Protocol("cross_retrieval", _EITHER, cross_retrieval),
         Protocol("templates", _EITHER, judge_templates),
+        Protocol("recommendation", _CLOSED, recommendation),
     )
 }
 
@@ -106,6 +108,7 @@ def evaluate(
     columns: Mapping[str, Any] | None = None,
     pairs: Pairs | None = None,
     templates: Templates | None = None,
+    interactions: Interactions | None = None,
     seed: int = 0,
 ) -> ProtocolResult:
     """Judges embeddings by the named protocol.
@@ -119,6 +122,7 @@ def evaluate(
         columns: ``(n,)`` each; ``quality`` is read by geometry, the others are carried.
         pairs: positions of samples that verification compares instead of all pairs.
         templates: for the protocol ``templates``; positions of samples.
+        interactions: for the protocol ``recommendation``.
         seed: fixes what a protocol draws; results are a function of the input and the seed.
 
     Raises:
@@ -132,6 +136,7 @@ def evaluate(
         "columns": checked_columns(columns, len(points)),
         "pairs": checked_pairs(pairs, len(points)),
         "templates": checked_templates(templates, len(points)),
+        "interactions": interactions,
         "seed": seed,
     }
     if not protocol.requirements.needs_train or train_embeddings is None or train_labels is None:

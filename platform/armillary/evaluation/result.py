@@ -65,6 +65,23 @@ class Templates:
 
 
 @dataclass(frozen=True)
+class Interactions:
+    """Users, items, and who chose what.
+
+    Args:
+        user_embeddings: ``(users, d)`` float64.
+        item_embeddings: ``(items, d)``.
+        train: ``(2, m)`` int64, pairs of a user and an item that were trained on.
+        held_out: ``(2, h)`` int64, pairs that are looked for.
+    """
+
+    user_embeddings: Floats
+    item_embeddings: Floats
+    train: Ints
+    held_out: Ints
+
+
+@dataclass(frozen=True)
 class EvaluationSet:
     """Checked input of a protocol.
 
@@ -77,6 +94,7 @@ class EvaluationSet:
         columns: more about each sample, ``(n,)`` each, e.g. ``quality``.
         pairs: the comparisons that verification makes; ``None``: all pairs.
         templates: for the protocol of that name.
+        interactions: for the protocol ``recommendation``.
     """
 
     embeddings: Floats
@@ -87,3 +105,4 @@ class EvaluationSet:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     pairs: Pairs | None = None
     templates: Templates | None = None
+    interactions: Interactions | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from armillary.evaluation import protocols
-from armillary.evaluation.result import Ints, Pairs, ProtocolResult, Templates
+from armillary.evaluation.result import Interactions, Ints, Pairs, ProtocolResult, Templates
 from armillary.spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from armillary.components.recommendation import LightGCN
     from armillary.data.splits import ImageSet, PreparedData
 
 # What a run's evaluation folder calls its warnings, one a line.
@@ -93,10 +94,16 @@ def judge(
         seed: fixes what protocols draw.
         options: batch size, flip, device.
     """
+    from armillary.components.recommendation import LightGCN
     from armillary.evaluation.extract import extract
 
-    embeddings = extract(encoder, images.images, **options)
-    train_embeddings = None if train is None else extract(encoder, train.images, **options)
+    interactions, train_embeddings = None, None
+    if isinstance(encoder, LightGCN) and train is not None:
+        embeddings, train_embeddings, interactions = _embedded_nodes(encoder, images, train)
+    else:
+        embeddings = extract(encoder, images.images, **options)
+        if train is not None:
+            train_embeddings = extract(encoder, train.images, **options)
     columns = {**images.fields, **_embedded_captions(encoder, images, options)}
     pairs, templates, warnings = comparisons(tables, images.index.numpy())
     results = {
@@ -109,6 +116,7 @@ def judge(
             columns=columns,
             pairs=pairs,
             templates=templates,
+            interactions=interactions,
             seed=seed,
         )
         for name in names
@@ -116,6 +124,24 @@ def judge(
     return {
         name: replace(result, warnings=(*result.warnings, *warnings.get(name, ()))) for name, result in results.items()
     }
+
+
+def _embedded_nodes(
+    encoder: LightGCN, images: ImageSet, train: ImageSet
+) -> tuple[torch.Tensor, torch.Tensor, Interactions]:
+    """The users of held-out and of training interactions, and all that ``recommendation`` reads: one pass for all."""
+    import torch
+
+    from armillary.data.ids import IdRows
+    from armillary.evaluation.recommendation import interactions_of
+
+    with torch.no_grad():
+        nodes = encoder.nodes().float().cpu()
+    parts = [part.images for part in (images, train)]
+    ids = [part.ids for part in parts if isinstance(part, IdRows)]
+    held_out, trained = (part.numpy() for part in ids)
+    interactions = interactions_of(nodes.double().numpy(), encoder.users, trained, held_out)
+    return nodes[ids[0][:, 0]], nodes[ids[1][:, 0]], interactions
 
 
 def _embedded_captions(encoder: nn.Module, images: ImageSet, options: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,6 @@ RECIPES: dict[str, str] = {
     "text": "sentences",
     "image_text": "image_text",
     "graph": "graphs",
-    "interactions": "recommendation",
     **dict.fromkeys(_LABEL_FREE.split(), "pretrain"),
 }
 # What a method needs of its family's recipe beside its name.
@@ -34,8 +33,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "siamese_pose": ("data.name=identities_small", "data.split=identity", "evaluate.protocols=[verification]"),
     **dict.fromkeys(["ibot", "dinov2", "dinov3_gram", "pq"], ("views.local_size=0.5",)),
 }
-# A graph's term on images.
-_RECIPE_OF = {"con2r": "retrieval"}
+# A graph's term on images, and a graph of users and items.
+_RECIPE_OF = {"con2r": "retrieval", "simgcl": "recommendation"}
 
 _ROLE = re.compile(r":[a-z]+:`~?(?P<target>[^`]+)`")
 _LOSS = re.compile(r":class:`(armillary\.losses\.[\w.]+)`")

@@ -27,6 +27,7 @@ TOKEN_BACKBONE: dict[str, Any] = {"name": "small_vit", "embedding_dim": 64}
 BACKBONES: dict[str, dict[str, Any]] = {
     "text": {"name": "text_transformer", "embedding_dim": 64, "width": 32, "depth": 1},
     "graph": {"name": "gin", "embedding_dim": 64},
+    "interactions": {"name": "lightgcn", "embedding_dim": 64},
 }
 
 

@@ -12,6 +12,7 @@ from armillary.components.dropout import CounterDropout
 from armillary.components.encoders import Tokens
 from armillary.components.graphs import GIN, Graphs, pack
 from armillary.components.patches import patchify, unpatchify
+from armillary.components.recommendation import Disturb, LightGCN
 from armillary.components.text import TextTransformer, masked_mean
 from armillary.components.transformers import TransformerEncoder, small_transformer
 from armillary.data.views import make_views
@@ -23,6 +24,9 @@ NUM_CLASSES = 4
 EMBEDDING_DIM = 8
 VOCABULARY, LENGTH = 12, 5
 NODES, FEATURES = 6, 2
+USERS, ITEMS = 5, 7
+# Every user chose three items; nobody chose the last.
+EDGES = torch.tensor([[user, USERS + (user + step) % (ITEMS - 1)] for user in range(USERS) for step in range(3)]).T
 # Hyperparameters that only cost time, made small wherever an objective has them.
 SMALL = {
     "subsampling_threshold": 1.0,
@@ -120,6 +124,21 @@ class FlatGraph(nn.Module):
         return pictures.flatten(1)
 
 
+class FlatNodes(nn.Module):
+    """Fixed vectors of users and items in the place of a graph; noise moves them once."""
+
+    embedding_dim = EMBEDDING_DIM
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(USERS + ITEMS, EMBEDDING_DIM)
+
+    def nodes(self, disturb: Disturb | None = None) -> Tensor:
+        """The vectors ``(nodes, 8)``."""
+        return self.table.weight if disturb is None else disturb(self.table.weight, 0)
+
+
 class TinyTokenEncoder(TransformerEncoder):
     """A transformer of two layers on patches of 2 pixels; images of 6 x 6 or less to embeddings ``(batch, 8)``."""
 
@@ -182,6 +201,10 @@ def encoder_for(needs: Needs) -> nn.Module:
     """A tiny encoder with the abilities that an objective needs, for what it is given."""
     if needs.modality == "graph":
         return GIN(FEATURES, EMBEDDING_DIM, width=8, depth=2)
+    if needs.modality == "interactions":
+        graph = LightGCN(USERS + ITEMS, USERS, EDGES.shape[1], EMBEDDING_DIM, layers=2)
+        graph.connect(EDGES)
+        return graph
     if needs.modality == "text":
         return TextTransformer(VOCABULARY, LENGTH, EMBEDDING_DIM, width=8, depth=1, heads=2)
     return TinyTokenEncoder() if needs.encoder == "tokens" else TinyEncoder()
@@ -189,7 +212,7 @@ def encoder_for(needs: Needs) -> nn.Module:
 
 def flat_encoder_for(needs: Needs) -> nn.Module:
     """An encoder that computes nothing; it says its ``embedding_dim``."""
-    makers: dict[str, type[nn.Module]] = {"text": FlatText, "graph": FlatGraph}
+    makers: dict[str, type[nn.Module]] = {"text": FlatText, "graph": FlatGraph, "interactions": FlatNodes}
     return makers.get(needs.modality, FlatEncoder)()
 
 
@@ -244,6 +267,8 @@ def _tables(needs: Needs) -> dict[str, Tensor]:
         counts = torch.arange(VOCABULARY, 0, -1)
         counts[0] = 0
         return {"token_counts": counts, "caption_length": torch.tensor(LENGTH)}
+    if needs.modality == "interactions":
+        return {"edges": EDGES}
     return {}
 
 
@@ -301,6 +326,9 @@ def batch(
         return Batch(tuple(sentences(labels, draw) for _ in range(needs.views)), index)
     if needs.modality == "graph":
         return Batch((graphs(labels, draw, dtype),), index)
+    if needs.modality == "interactions":
+        chosen = EDGES.T[torch.randint(EDGES.shape[1], (size,), generator=draw)]
+        return Batch((torch.cat([chosen, torch.full((size, 1), USERS + ITEMS - 1)], dim=1),), index)
     images = 0.5 * patterns[labels % NUM_CLASSES] + 0.3 * noise()
     if needs.recipe.startswith(DRAWING_RECIPES):
         views, parameters = _recipe_views(needs, images, index, seed)

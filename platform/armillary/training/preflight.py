@@ -10,6 +10,7 @@ import torch
 
 from armillary.components.backbones import Pixels, build_encoder, check_modality
 from armillary.components.encoders import LayeredEncoder, check_ability, check_sizes
+from armillary.components.recommendation import LightGCN
 from armillary.data.inputs import as_inputs
 from armillary.data.loader import Batches
 from armillary.data.pixels import mean_image
@@ -46,6 +47,8 @@ class Plan:
         encoder = build_encoder(self.job.backbone, in_channels=channels, image_size=(height, width))
         if isinstance(encoder, Pixels):
             encoder.fit(mean_image(train.images)[None])
+        if isinstance(encoder, LightGCN):
+            encoder.connect(self.data.inputs["edges"])
         if self.job.train.init_from:
             load_initial(encoder, self.job)
         context = BuildContext(
@@ -125,7 +128,7 @@ def needs_of(job: TrainJob) -> Needs:
 
 
 # Protocols that judge one modality only.
-_JUDGES = {"cross_retrieval": "image_text"}
+_JUDGES = {"cross_retrieval": "image_text", "recommendation": "interactions"}
 
 
 def _check_modality_of_protocols(job: TrainJob, needs: Needs) -> None:
@@ -135,6 +138,12 @@ def _check_modality_of_protocols(job: TrainJob, needs: Needs) -> None:
                 f"{name} judges objectives on {_JUDGES[name]}, and {job.objective.name} is one on {needs.modality}",
                 key="evaluate.protocols",
                 hint="`armillary objectives show NAME` says an objective's modality",
+            )
+        if needs.modality == "interactions" and name not in _JUDGES:
+            raise UserError(
+                f"{job.objective.name} embeds users and items, and {name} compares samples by their classes",
+                key="evaluate.protocols",
+                allowed="recommendation",
             )
 
 

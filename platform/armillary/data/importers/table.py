@@ -20,6 +20,7 @@ from armillary.data.importers.recordio import read_recordio
 from armillary.data.importers.tables import read_captions_csv, read_pairs_csv
 from armillary.data.importers.webdataset import read_webdataset
 from armillary.data.store import Dataset
+from armillary.data.tastes import tastes
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ IMPORTERS: dict[str, Importer] = {
     "identities_small": Importer("768 of them of 64 people, 32 x 32 px", make=ships.identities_small),
     "identities_video": Importer("192 videos of 64 people, 8 frames each, 32 x 32 px", make=ships.identities_video),
     "motifs": Importer("600 small graphs of six classes, as pictures of their matrices", make=ships.motifs),
+    "tastes": Importer("8,000 choices of 400 users among 300 items, made by taste and popularity", make=tastes),
     "folder": Importer("a folder of images with one subfolder a class", o.ImageOptions, read_folder),
     "recordio": Importer("InsightFace's .rec and .idx: MS1MV3, Glint360K", o.ImageOptions, read_recordio),
     "bin": Importer("InsightFace's verification .bin: LFW, AgeDB-30, CFP-FP", o.ImageOptions, read_face_bin),
