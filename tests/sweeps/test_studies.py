@@ -37,7 +37,7 @@ def test_a_study_is_run_ranked_and_reported(study_job: StudyJob, orl: Path, crew
     job = study_job.model_copy(update={"folds": (0,)})
     result = run_study(job, pool=crews)
     assert len(result.records) == 7
-    board = study_board(result)
+    board = study_board(job, result)
     assert {group.variant for group in board.groups} == {"arcface", "normface", "pixels", "untrained"}
     assert [group.baseline for group in board.groups if group.variant == "pixels"] == [True]
     sentences = answers(job, board)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from armillary.spec.errors import UserError
 from armillary.tracking import format as formats
-from armillary.tracking.leaderboard import Row, build_boards, lower_is_better
+from armillary.tracking.leaderboard import Row, build_board, build_boards, lower_is_better
 
 AUC = "verification/auc"
 
@@ -51,6 +51,19 @@ def many() -> list[Row]:
         *rows("arcface", 0.85, 0.86, 0.84, 0.85, epochs=0, digest="u"),
         *rows("arcface", 0.94, 0.94, 0.94, 0.94, epochs=0, digest="p", backbone="pixels"),
     ]
+
+
+def test_a_study_over_several_datasets_is_one_board() -> None:
+    """Label noise is part of what a board is judged on; a study that varies it compares across it all the same."""
+    size, noise = {"data.image_size": [32, 32]}, {"data.label_noise": 0.5}
+    clean = rows("arcface", 0.97, 0.98, variant="clean", changes=size)
+    noisy = rows("arcface", 0.90, 0.91, variant="noisy", changes=size | noise, fingerprint="f2")
+    assert len(build_boards([*clean, *noisy], AUC)) == 2
+    board = build_board([*noisy, *clean], AUC)
+    assert [group.variant for group in board.groups] == ["clean", "noisy"]
+    assert board.title == "orl, split by identity, test, image_size=[32, 32]"
+    with pytest.raises(UserError, match="verification/auk"):
+        build_board(clean, "verification/auk")
 
 
 def test_order_and_verdicts() -> None:

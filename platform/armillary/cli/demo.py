@@ -42,7 +42,7 @@ def demo(
             result = _compare(study_job, pool)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Finished runs are kept: armillary leaderboard --trials") from None
-    board = study_board(result)
+    board = study_board(study_job, result)
     report = write_report(study_job, result, extra=_winner_section(swept))
     if as_json:
         rows = shown.as_json([board])

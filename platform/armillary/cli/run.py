@@ -111,7 +111,7 @@ def _study(job: StudyJob, as_json: bool) -> None:
     with progress(job.name, [item for _, item in expand(job)]) as bar:
         result = run_study(job, on_report=bar.report)
     report = write_report(job, result)
-    board = study_board(result)
+    board = study_board(job, result)
     if as_json:
         print_json({"study": result.study_id, "report": str(report), "board": shown.as_json([board])})
         return

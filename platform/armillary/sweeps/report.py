@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from armillary.sweeps.axis import lines
 from armillary.sweeps.studies import StudyResult
 from armillary.tracking import format as shown
 from armillary.tracking.leaderboard import Board, Group
-from armillary.tracking.query import leaderboard
+from armillary.tracking.query import group_board
 from armillary.tracking.uncertainty import difference
 from armillary.training.rundir import RunDirectory, RunRecord
 
@@ -24,10 +25,11 @@ from armillary.training.rundir import RunDirectory, RunRecord
 BOX_RUNS = 3
 
 
-def study_board(result: StudyResult, metric: str = "verification/auc") -> Board:
-    """The leaderboard of one study's runs."""
-    boards, _ = leaderboard(metric, group=result.group)
-    return boards[0]
+def study_board(job: StudyJob, result: StudyResult) -> Board:
+    """The leaderboard of one study's runs by its first metric; each group goes by the name of its variant."""
+    board = group_board(job.metrics[0], result.group)
+    named = (replace(group, label=group.variant, config="") if group.variant else group for group in board.groups)
+    return replace(board, groups=tuple(named))
 
 
 def answers(job: StudyJob, board: Board) -> list[str]:
@@ -70,7 +72,7 @@ def write_report(job: StudyJob, result: StudyResult, *, extra: Sequence[Section]
         result: its runs.
         extra: sections shown after the answer, e.g. what a sweep before it chose.
     """
-    board = study_board(result, job.metrics[0])
+    board = study_board(job, result)
     sections: list[Section] = [Paragraph(job.question)] if job.question else []
     sections += [Paragraph(sentence, strong=True) for sentence in answers(job, board)]
     sections += list(extra)

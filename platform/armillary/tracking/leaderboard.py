@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from armillary.spec.errors import unknown_name
+from armillary.spec.errors import UserError, unknown_name
 from armillary.tracking.uncertainty import (
     Difference,
     Pair,
@@ -149,9 +149,31 @@ def build_boards(rows: Iterable[Row], metric: str, *, limit: int | None = None) 
         named[(row.fingerprint, row.split, row.holdout)].append(row)
     boards = [board for part in named.values() if (board := _board(part, metric)).groups]
     if rows and not boards:
-        raise unknown_name("metric", metric, sorted({name for row in rows for name in row.metrics}), where="--metric")
+        raise _unknown_metric(rows, metric)
     boards.sort(key=lambda board: (-sum(len(group.run_ids) for group in board.groups), board.title))
     return [replace(board, groups=board.groups[:limit]) for board in boards]
+
+
+def build_board(rows: Sequence[Row], metric: str) -> Board:
+    """One board of runs that were planned to be compared, whatever data they were trained on.
+
+    The title states only those data settings that all of them share.
+
+    Args:
+        rows: finished runs, at least one.
+        metric: ranks the groups.
+
+    Raises:
+        UserError: none has the metric; shows the nearest names.
+    """
+    board = _board(rows, metric)
+    if not board.groups:
+        raise _unknown_metric(rows, metric)
+    return board
+
+
+def _unknown_metric(rows: Sequence[Row], metric: str) -> UserError:
+    return unknown_name("metric", metric, sorted({name for row in rows for name in row.metrics}), where="--metric")
 
 
 def _board(rows: Sequence[Row], metric: str) -> Board:
@@ -174,8 +196,12 @@ def _board(rows: Sequence[Row], metric: str) -> Board:
         metric,
         _judge(groups),
         len(rows) - len(usable),
-        " ".join(f"{key[5:]}={_value(first.changes[key])}" for key in _DATA_DETAILS if key in first.changes),
+        " ".join(f"{key[5:]}={_value(first.changes[key])}" for key in _DATA_DETAILS if _shared(rows, key)),
     )
+
+
+def _shared(rows: Sequence[Row], key: str) -> bool:
+    return all(key in row.changes and row.changes[key] == rows[0].changes[key] for row in rows)
 
 
 def _label(row: Row) -> str:

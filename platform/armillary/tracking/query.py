@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from armillary.tracking.leaderboard import Board, Row, build_boards
+from armillary.spec.errors import UserError
+from armillary.tracking.leaderboard import Board, Row, build_board, build_boards
 from armillary.tracking.mlflow_store import check_uri, exists, open_store
 from armillary.tracking.records import PREFIX, row_of
 from armillary.tracking.spool import SyncReport, sync
@@ -53,3 +54,20 @@ def leaderboard(
     """
     report = sync()
     return build_boards(rows(uri, dataset=dataset, group=group, trials=trials), metric, limit=limit), report
+
+
+def group_board(metric: str, group: str) -> Board:
+    """Sends what is pending and ranks the runs of one study on one board; see :func:`build_board`.
+
+    Args:
+        metric: ranks the groups.
+        group: ``study/name``.
+
+    Raises:
+        UserError: no run of it has finished, or none has the metric.
+    """
+    sync()
+    found = rows(group=group)
+    if not found:
+        raise UserError(f"no run of {group} has finished")
+    return build_board(found, metric)
