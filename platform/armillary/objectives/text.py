@@ -1,4 +1,8 @@
-"""Objectives on sentences: word vectors from neighbouring words, sentence embeddings from dropout or from partners."""
+"""Objectives on sentences: word vectors from neighbouring words, sentence embeddings from dropout or from partners.
+
+The study calm (a text model that generates sentences from their concepts) trains no embedding and is not here; what it
+shares with embeddings, telling a sentence from one distractor, is InfoNCE with one negative.
+"""
 
 from __future__ import annotations
 
