@@ -308,6 +308,38 @@ def npz_floats(root: Path) -> Made:
     return Made(root / "floats.npz", range(5), classes, {"images_key": "x", "labels_key": "y"}, form="pixels")
 
 
+# The number of a picture that says nothing.
+BLANK = -1
+
+
+def edges_tsv(root: Path) -> Made:
+    """MovieLens' u.data: user, item, rating, time, numbers that are no positions."""
+    lines = [
+        "% who chose what",
+        "10\t7\t5\t881250949",
+        "2\t30\t3\t891717742",
+        "",
+        "10\t30\t1\t878887116",
+        "2\t30\t3\t1",
+    ]
+    path = root / "u.data"
+    path.write_text("\n".join(lines) + "\n")
+    return Made(path, [BLANK] * 4, ["10", "2", "10", "2"], columns={"item": [0, 1, 1, 1]}, form="pixels")
+
+
+def edges_csv(root: Path) -> Made:
+    """With a line that names columns, and Windows' line ends."""
+    path = root / "ratings.txt"
+    path.write_bytes(b'userId,movieId,rating\r\n1,"31",2.5\r\n1,1029,3.0\r\n')
+    return Made(path, [BLANK] * 2, ["1", "1"], columns={"item": [0, 1]}, form="pixels")
+
+
+def edges_of_names(root: Path) -> Made:
+    path = root / "edges.txt"
+    path.write_text("bob  tea\nann coffee 3\nbob coffee\n")
+    return Made(path, [BLANK] * 3, ["bob", "ann", "bob"], columns={"item": [1, 0, 0]}, form="pixels")
+
+
 # Every writer under the kind that reads it.
 FORMATS: dict[str, tuple[str, Callable[[Path], Made]]] = {
     "folder": ("folder", folder),
@@ -329,6 +361,9 @@ FORMATS: dict[str, tuple[str, Callable[[Path], Made]]] = {
     "idx": ("idx", idx),
     "pairs-csv": ("pairs-csv", pairs_csv),
     "captions-csv": ("captions-csv", captions_csv),
+    "edges": ("edges", edges_tsv),
+    "edges, header": ("edges", edges_csv),
+    "edges of names": ("edges", edges_of_names),
     "npz": ("npz", npz),
     "npz of floats": ("npz", npz_floats),
 }

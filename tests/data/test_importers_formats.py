@@ -50,7 +50,8 @@ def check(dataset: Dataset, made: Any) -> None:
     images = [image for rows in dataset.rows() for image in rows.images]
     assert len(images) == len(made.pictures) == len(dataset)
     for image, number in zip(images, made.pictures, strict=True):
-        np.testing.assert_array_equal(image, archives.pixels(number))
+        blank = number == archives.BLANK
+        np.testing.assert_array_equal(image, np.zeros((1, 1, 1)) if blank else archives.pixels(number))
     assert [manifest.class_names[label] for label in dataset.column("label")] == list(made.classes)
     assert set(manifest.columns) == set(made.columns)
     for name, values in made.columns.items():
@@ -105,10 +106,11 @@ def _bytes(made: Any, root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file() and path.suffix not in (".png", ".txt", ".csv"))
 
 
+# Text that ends early is a shorter text.
 CUT = [
     case
-    for case in FORMATS
-    if case not in ("folder", "lfw", "lfw, development list", "ijb", "pairs-csv", "captions-csv")
+    for case, (kind, _) in FORMATS.items()
+    if kind not in ("folder", "lfw", "ijb", "pairs-csv", "captions-csv", "edges")
 ]
 
 

@@ -109,6 +109,8 @@ def import_one(
     images_key: Annotated[str | None, typer.Option(help="npz: the array of images.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="npz: the array of labels.")] = None,
     layout: Annotated[str | None, typer.Option(help="npz: auto, NHWC or NCHW.")] = None,
+    separator: Annotated[str | None, typer.Option(help="edges: auto, comma, tab, semicolon or space.")] = None,
+    header: Annotated[str | None, typer.Option(help="edges: auto, yes or no: does a line name columns?")] = None,
     columns: Annotated[
         str | None, typer.Option(help="parquet, npz: more columns to keep, NAME or NAME=NEW_NAME, with commas.")
     ] = None,
@@ -123,7 +125,8 @@ def import_one(
         "image_column": image_column, "label_column": label_column, "caption_column": caption_column,
         "first_column": first_column, "second_column": second_column, "same_column": same_column,
         "fold_column": fold_column, "label_key": label_key, "images_key": images_key, "labels_key": labels_key,
-        "layout": layout, "columns": None if columns is None else tuple(columns.split(",")),
+        "layout": layout, "separator": separator, "header": header,
+        "columns": None if columns is None else tuple(columns.split(",")),
     }  # fmt: skip
     options = {key: value for key, value in given.items() if value is not None}
     with _bar(f"importing {kind}") as report:

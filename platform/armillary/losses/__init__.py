@@ -51,6 +51,7 @@ from armillary.losses.pose_margins import PoseCurriculum, PoseWeightedArcFace
 from armillary.losses.pretext import WhichWasApplied
 from armillary.losses.queued import BroadFace, QGFace, QueuedCenters
 from armillary.losses.range_loss import RangeLoss
+from armillary.losses.recommendation import BPR
 from armillary.losses.sample_margins import AdaFace, ClassMargins, MagFace, ProbabilityArcFace, QualityArcFace
 from armillary.losses.self_distillation import (
     BYOL,
@@ -71,6 +72,7 @@ from armillary.losses.uniformity import AlignUniform, Uniformity
 from armillary.losses.von_mises_fisher import SphericalConfidence
 
 __all__ = [
+    "BPR",
     "BYOL",
     "NCE",
     "AcrossScales",

@@ -54,6 +54,7 @@ class Classes:
         if kinds not in ({int}, {str}):
             found = "none" if not kinds else "whole numbers and text mixed"
             raise UserError(f"labels must be whole numbers or text, found {found}", where=where)
+        self.whole = kinds == {int}
         self.names = tuple(str(label) for label in sorted(distinct))
         self._number = {label: number for number, label in enumerate(sorted(distinct))}
 

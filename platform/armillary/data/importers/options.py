@@ -74,6 +74,17 @@ class CaptionsCsvOptions(ImageOptions):
     images: str = Field("", description="the folder of the images, a path inside that of SOURCE")
 
 
+class EdgesOptions(Options):
+    """A text file of edges."""
+
+    separator: Literal["auto", "comma", "tab", "semicolon", "space"] = Field(
+        "auto", description="what stands between cells"
+    )
+    header: Literal["auto", "yes", "no"] = Field(
+        "auto", description="whether the first line names columns; auto: if it holds words where the second has numbers"
+    )
+
+
 class NpzOptions(Options):
     """NumPy archives."""
 

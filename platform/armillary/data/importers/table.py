@@ -10,6 +10,7 @@ from typing import Any
 from armillary.data.importers import embedded as ships
 from armillary.data.importers import options as o
 from armillary.data.importers.contents import Contents, Progress
+from armillary.data.importers.edges import read_edges
 from armillary.data.importers.face_bins import read_face_bin
 from armillary.data.importers.folder import read_folder, read_lfw
 from armillary.data.importers.idx import read_idx
@@ -66,5 +67,6 @@ IMPORTERS: dict[str, Importer] = {
     "idx": Importer("MNIST's IDX files, plain or gzipped", o.IdxOptions, read_idx),
     "pairs-csv": Importer("a CSV of image pairs: first, second, same", o.PairsCsvOptions, read_pairs_csv),
     "captions-csv": Importer("a CSV of images and captions", o.CaptionsCsvOptions, read_captions_csv),
+    "edges": Importer("an edge list: user, item; MovieLens, Gowalla and their like", o.EdgesOptions, read_edges),
     "npz": Importer("a NumPy archive of images and labels", o.NpzOptions, read_npz),
 }
