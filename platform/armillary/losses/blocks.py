@@ -108,7 +108,7 @@ class _ByBlocks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.function, ctx.blocks, ctx.gradients = function, blocks, None
         if eager and any(ctx.needs_input_grad):
-            results, ctx.gradients = _with_gradients(function, blocks, anchors, columns, None)
+            results, ctx.gradients = _with_gradients(function, blocks, anchors, columns, None, ctx.needs_input_grad[4])
         else:
             results = _Joined(len(anchors))
             for block in blocks:
@@ -121,12 +121,15 @@ class _ByBlocks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is not None and bool((grad == grad.flatten()[0]).all()):
-            anchors, columns = (gradient * grad.flatten()[0] for gradient in ctx.gradients)
+            of_anchors, of_columns = ctx.gradients
+            of_anchors = of_anchors * grad.flatten()[0]
+            of_columns = None if of_columns is None else of_columns * grad.flatten()[0]
         else:
-            whole = ctx.saved_tensors
+            anchors, columns = ctx.saved_tensors
+            moving = ctx.needs_input_grad[4]
             with torch.autocast(grad.device.type, enabled=False):
-                anchors, columns = _with_gradients(ctx.function, ctx.blocks, whole[0], whole[1], grad)[1]
-        return None, None, None, anchors, columns
+                of_anchors, of_columns = _with_gradients(ctx.function, ctx.blocks, anchors, columns, grad, moving)[1]
+        return None, None, None, of_anchors, of_columns
 
 
 class _Joined:
@@ -148,20 +151,31 @@ class _Joined:
 
 
 def _with_gradients(
-    function: BlockFunction, blocks: list[Block], anchors: Tensor, columns: Tensor, weights: Tensor | None
-) -> tuple[_Joined, tuple[Tensor, Tensor]]:
-    """The results of all blocks, and the gradients of the (weighted) sum of their first parts."""
-    results, of_anchors, of_columns = _Joined(len(anchors)), torch.empty_like(anchors), torch.zeros_like(columns)
-    fixed = columns.detach().requires_grad_()
+    function: BlockFunction,
+    blocks: list[Block],
+    anchors: Tensor,
+    columns: Tensor,
+    weights: Tensor | None,
+    moving: bool,
+) -> tuple[_Joined, tuple[Tensor, Tensor | None]]:
+    """The results of all blocks, and the gradients of the (weighted) sum of their first parts.
+
+    Columns that do not move, keys of a queue, have none: that saves one of three products.
+    """
+    results, of_anchors = _Joined(len(anchors)), torch.empty_like(anchors)
+    of_columns = torch.zeros_like(columns) if moving else None
+    fixed = columns.detach().requires_grad_(moving)
     for block in blocks:
         some = block.anchors.detach().requires_grad_()
         with torch.enable_grad():
             given = function(replace(block, anchors=some, columns=fixed))
             weight = torch.ones_like(given[0]) if weights is None else weights[block.rows]
-            gradients = torch.autograd.grad(given[0], (some, fixed), weight, materialize_grads=True)
+            leaves = (some, fixed) if moving else (some,)
+            gradients = torch.autograd.grad(given[0], leaves, weight, materialize_grads=True)
         results.put(block.rows, given)
         of_anchors[block.rows] = gradients[0]
-        of_columns += gradients[1]
+        if of_columns is not None:
+            of_columns += gradients[1]
         del given, gradients
     return results, (of_anchors, of_columns)
 
@@ -181,10 +195,10 @@ def by_blocks(
 
     Args:
         function: from a :class:`Block` to per-anchor tensors: the first ``(rows,)`` or ``(rows, parts)`` and connected
-            to both ``block.anchors`` and ``block.columns``, the others detached. It may depend on nothing else that
-            needs a gradient; quantities of samples that do are appended to the vectors.
+            to ``block.anchors`` and, where these move, ``block.columns``, the others detached. It may depend on nothing
+            else that needs a gradient; quantities of samples that do are appended to the vectors.
         anchors: ``(anchors, dim)``.
-        columns: ``(columns, dim)``.
+        columns: ``(columns, dim)``; without ``requires_grad`` they are constants, whose gradient is not computed.
         keys: ``(anchors,)``.
         column_keys: ``(columns,)``.
         first: the column in which the first anchor stands.
@@ -235,3 +249,15 @@ def log_sum_exp_of_others(block: Block, scale: float) -> Tensor:
     with torch.no_grad():
         logits.detach().diagonal(block.first).fill_(empty_logit(logits.dtype))
     return log_sum_exp_(logits)
+
+
+def against_constants(
+    function: BlockFunction, anchors: Tensor, columns: Tensor, eager: bool = True
+) -> tuple[Tensor, ...]:
+    """:func:`by_blocks` of anchors against columns that belong to nobody, without gradient: a queue, targets.
+
+    What a block's function needs beside them, it takes from tensors of all anchors at ``block.rows``.
+    """
+    nobody = torch.zeros(1, dtype=torch.int64, device=anchors.device)
+    keys, column_keys = nobody.expand(len(anchors)), nobody.expand(len(columns))
+    return by_blocks(function, anchors, columns.detach().to(anchors.dtype), keys, column_keys, eager=eager)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from armillary.losses.contrastive import masked_cross_entropy
+from armillary.losses.blocks import Block, against_constants
+from armillary.losses.slopes import empty_logit, exponentials_with_, with_slope
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
 
 
@@ -74,30 +75,68 @@ class KPositives(nn.Module):
         """
         check_embeddings(queries)
         guard = not_a_number_guard(queries)
-        v, key, rows = normalize(queries), normalize(keys.detach()), normalize(queue.detach()).to(queries.dtype)
-        own = (v * key.to(v.dtype)).sum(dim=1, keepdim=True)
-        first = torch.ones_like(own)
-        positives = torch.cat([first, drawn.to(v.dtype)], dim=1)
-        count = positives.sum(dim=1, keepdim=True)
-        kept = torch.ones_like(same) if self.unused == "keep" else drawn | ~same
-        parts, candidates, weights = [own, v @ rows.T], [first.bool(), kept], [positives / count]
+        v, key = normalize(queries), normalize(keys.detach()).to(queries.dtype)
+        columns, count = normalize(queue.detach()).to(v.dtype), drawn.sum(dim=1, dtype=torch.int32).to(v.dtype)
+        place = None
         if targets is not None and target is not None:
-            parts.append(v @ normalize(targets.detach()).to(v.dtype).T)
-            candidates.append(torch.ones_like(parts[-1], dtype=torch.bool))
-            place = torch.arange(len(targets), device=v.device) == target[:, None]
-            weights = self._with_target(positives, count, place.to(v.dtype))
-        logits, weight = torch.cat(parts, dim=1) / self.temperature, torch.cat(weights, dim=1)
-        losses, _ = masked_cross_entropy(logits, weight, torch.cat(candidates, dim=1))
+            columns = torch.cat([columns, normalize(targets.detach()).to(v.dtype)])
+            place = len(queue) + target.clamp_min(0)[:, None]
+        weights = self._weights(count, None if place is None else target)
+
+        def of_block(block: Block) -> tuple[Tensor, ...]:
+            rows = block.rows
+            dropped = None if self.unused == "keep" else same[rows] & ~drawn[rows]
+            where = None if place is None else place[rows]
+            few = weights[0][rows], weights[1][rows]
+            row, column = drawn[rows].nonzero(as_tuple=True)
+            return self._of_block(block, key[rows], (row, column), dropped, where, few)
+
+        losses, positive = against_constants(of_block, v, columns)
         if metrics is not None:
-            metrics["positive_cosine"] = own.detach().mean()
-            metrics["positives"] = count.mean() - 1
-        loss: Tensor = (weight.sum(dim=1) * losses).mean() + guard
+            metrics["positive_cosine"] = positive.mean()
+            metrics["positives"] = count.mean()
+        loss: Tensor = losses.mean() + guard
         return loss
 
-    def _with_target(self, positives: Tensor, count: Tensor, place: Tensor) -> list[Tensor]:
-        if self.form == "paper":
-            return [positives / count, self.target_weight * place]
-        return [positives / (count + 1), self.target_weight * place / (count + 1)]
+    def _weights(self, count: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights of each positive, and of the target, ``(batch,)``."""
+        released = target is not None and self.form == "released_code"
+        each = 1 / (count + (2 if released else 1))
+        if target is None:
+            return each, torch.zeros_like(each)
+        of_target = self.target_weight * (each if released else torch.ones_like(each))
+        return each, torch.where(target >= 0, of_target, 0)
+
+    def _of_block(
+        self,
+        block: Block,
+        keys: Tensor,
+        positives: tuple[Tensor, Tensor],
+        dropped: Tensor | None,
+        place: Tensor | None,
+        weights: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Losses, and cosines with the own key. Positives are read out of the one product with all columns."""
+        cosines = (block.anchors * keys).sum(dim=1)
+        own, (each, of_target), (row, column) = cosines / self.temperature, weights, positives
+        logits = (block.anchors / self.temperature) @ block.columns.T
+        with torch.no_grad():
+            matrix, fixed = logits.detach(), own.detach()
+            chosen = (each * fixed).index_add_(0, row, each[row] * matrix[row, column])
+            all_weights = each.index_add(0, row, each[row]) + of_target
+            if place is not None:
+                chosen += of_target * matrix.gather(1, place)[:, 0]
+            if dropped is not None:
+                matrix[:, : dropped.shape[1]].masked_fill_(dropped, empty_logit(matrix.dtype))
+            largest, total, share = exponentials_with_(matrix, fixed[:, None])
+            losses = all_weights * (total.log() + largest) - chosen
+            # Softmax minus weights, before anything is multiplied with it.
+            scale = all_weights / total
+            matrix[row, column] -= (each / scale)[row]
+            if place is not None:
+                matrix.scatter_add_(1, place, -(of_target / scale)[:, None])
+            by_own = scale * share[:, 0] - each
+        return with_slope(logits, losses, matrix, scale) + by_own * (own - fixed), cosines.detach()
 
 
 def uniform_targets(count: int, dim: int, temperature: float, seed: int, steps: int = 1000) -> Tensor:

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armillary import collectives
+from armillary.losses.blocks import Block, against_constants
 from armillary.losses.contrastive import NTXent
 from armillary.losses.global_batch import first_column
+from armillary.losses.slopes import exponentials_with_, with_slope
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize
 
 
@@ -68,17 +70,41 @@ class KeyContrast(nn.Module):
             metrics: receives ``positive_cosine`` and ``negative_cosine``.
         """
         _check_pair(queries, keys)
-        q, k = normalize(queries), normalize(keys.detach())
-        cosines = [(q * k).sum(1, keepdim=True), q @ negatives.detach().T]
-        if own_negatives is not None:
-            cosines.append(torch.einsum("bd,bed->be", q, normalize(own_negatives.detach())))
-        logits = torch.cat(cosines, dim=1) / self.temperature
-        losses = logits.logsumexp(dim=1) - logits[:, 0]
+        q, k = normalize(queries), normalize(keys.detach()).to(queries.dtype)
+        own = None if own_negatives is None else normalize(own_negatives.detach()).to(q.dtype)
+
+        def of_block(block: Block) -> tuple[Tensor, ...]:
+            return self._of_block(block, k[block.rows], None if own is None else own[block.rows])
+
+        losses, positive, negative = against_constants(of_block, q, negatives, eager=self.reduction == "mean")
         if metrics is not None:
-            others = torch.cat(cosines[1:], dim=1).detach()
-            metrics["positive_cosine"] = cosines[0].detach().mean()
-            metrics["negative_cosine"] = others.sum() / max(1, others.numel())
+            total = q.detach().sum(0) @ negatives.detach().to(q.dtype).sum(0)
+            count = len(q) * (len(negatives) + (0 if own is None else own.shape[1]))
+            metrics["positive_cosine"] = positive.mean()
+            metrics["negative_cosine"] = (total + negative.sum()) / max(1, count)
         return losses if self.reduction == "none" else losses.mean()
+
+    def _of_block(self, block: Block, keys: Tensor, own: Tensor | None) -> tuple[Tensor, ...]:
+        """Losses, cosines with the own key, and sums of those with own negatives.
+
+        Two products in all, since keys are constants.
+        """
+        parts = [(block.anchors * keys).sum(dim=1, keepdim=True)]
+        if own is not None:
+            parts.append(torch.einsum("bd,bed->be", block.anchors, own))
+        cosines = torch.cat(parts, dim=1)
+        few = cosines / self.temperature
+        logits = (block.anchors / self.temperature) @ block.columns.T
+        with torch.no_grad():
+            matrix, beside = logits.detach(), few.detach()
+            largest, total, share = exponentials_with_(matrix, beside)
+            losses = total.log() + largest - beside[:, 0]
+            # By the positive's logit: minus the share of all others, so that nothing cancels near convergence.
+            share = share / total[:, None]
+            share[:, 0] = -(matrix.sum(dim=1) / total + share[:, 1:].sum(dim=1))
+            detached = cosines.detach()
+        losses = with_slope(logits, losses, matrix, total.reciprocal()) + (share * (few - beside)).sum(dim=1)
+        return losses, detached[:, 0], detached[:, 1:].sum(dim=1)
 
 
 class BatchKeyContrast(nn.Module):

@@ -60,3 +60,22 @@ def log_sum_exp_(logits: Tensor) -> Tensor:
         detached = logits.detach()
         values, scale = exponentials_(detached)
     return with_slope(logits, values, detached, scale)
+
+
+def exponentials_with_(logits: Tensor, further: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of rows and of some further logits each, without gradient; the logits are overwritten.
+
+    Args:
+        logits: ``(rows, columns)``, of any number of columns; becomes ``exp(l_ij - m_i)``.
+        further: ``(rows, parts)``, detached.
+
+    Returns:
+        ``m_i``, the largest logit of a row, the sum of a row's exponentials, further ones included, ``(rows,)`` each,
+        and ``exp(further - m)``, ``(rows, parts)``.
+    """
+    largest = further.amax(dim=1)
+    if logits.shape[1]:
+        largest = torch.maximum(largest, logits.amax(dim=1))
+    beside = (further - largest[:, None]).exp()
+    total = logits.sub_(largest[:, None]).exp_().sum(dim=1) + beside.sum(dim=1)
+    return largest, total, beside
