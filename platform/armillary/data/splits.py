@@ -309,6 +309,10 @@ def _by_sample(data: ImageSet, fold: int, validation: bool) -> tuple[Tensor, Ten
     if not validation:
         return (~test).nonzero().flatten(), test.nonzero().flatten()
     tuned = part == (fold + 1) % SAMPLE_FOLDS
+    # A class of two may have one row in each: what is judged must have been trained on.
+    trained = torch.zeros(len(counts), dtype=torch.bool)
+    trained[inverse[~test & ~tuned]] = True
+    tuned &= trained[inverse]
     return (~test & ~tuned).nonzero().flatten(), tuned.nonzero().flatten()
 
 
