@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,15 +68,26 @@ def test_a_mistake_costs_one_message(armillary_home: Path, arguments: list[str],
     assert not (armillary_home / "runs").exists()
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """What is started inside hears SIGINT, even where a shell started the tests in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_stops_and_says_how_to_go_on(orl: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "armillary", "run", "quickstart", *SMALL[:2], "train.epochs=500"]
-    with (tmp_path / "log").open("w") as log:
+    with (tmp_path / "log").open("w") as log, interruptible():
         process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not any(list(run.events()) for run in all_runs()):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         code = process.wait(timeout=60)
+    finally:
+        process.kill()
     said = (tmp_path / "log").read_text()
     assert code == 130, said
     (run,) = all_runs()

@@ -30,6 +30,8 @@ RECIPES: dict[str, str] = {
 # What a method needs of its family's recipe beside its name.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "maskfeat": ("objective.cell=4",),
+    # Its comparison that trusts poor images less.
+    "qmagface": ("evaluate.protocols=[verification,quality_verification]",),
     "siamese_pose": ("data.name=identities_small", "data.split=identity", "evaluate.protocols=[verification]"),
     **dict.fromkeys(["ibot", "dinov2", "dinov3_gram", "pq"], ("views.local_size=0.5",)),
 }
