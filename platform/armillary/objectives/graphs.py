@@ -50,15 +50,15 @@ class GraphCL(Objective):
     convergence = Convergence(
         dataset="motifs",
         metric="knn/top1",
-        margin=0.01,
+        margin=0.07,
         job={
             "data.split": "sample",
             "data.image_size": None,
-            "objective.augmentation1": "subgraph",
+            "objective.augmentation1": "attribute_mask",
             "objective.augmentation2": "node_drop",
             "train.epochs": 20,
         },
-        reason="sums over nodes of an untrained GIN tell shapes apart already; gains of two seeds were 0.017 and 0.108",
+        reason="changes that suit the graphs were chosen on fold 1; on this fold four seeds gained 0.10 to 0.22",
     )
 
     class Hyperparameters(base.Hyperparameters):
