@@ -87,6 +87,7 @@ class _Fit(threading.Thread):
         super().__init__(name="ray-train", daemon=True)
         self.job, self.run_directory, self.pixels = job, run, pixels
         self.problem: str | None = None
+        self._failure: Exception | None = None
 
     def run(self) -> None:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig
@@ -105,6 +106,8 @@ class _Fit(threading.Thread):
         try:
             trainer.fit()
         except Exception as error:  # noqa: BLE001 - the main thread tells the user; after Ctrl-C Ray itself is gone
+            # Its frames hold Ray's handles. Let go while Ray shuts down, they would end the process at once.
+            self._failure = error
             self.problem = innermost(error)
 
 
