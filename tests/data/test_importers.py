@@ -153,7 +153,7 @@ def test_colour_modes_become_grey_or_rgb(tmp_path: Path) -> None:
 def test_unknown_importers_show_the_nearest(kind: str) -> None:
     with pytest.raises(UserError, match="unknown importer") as error:
         import_dataset(kind)
-    assert "digits, fashion-mnist, folder" in str(error.value)
+    assert "edges, fashion-mnist, folder" in str(error.value)
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
