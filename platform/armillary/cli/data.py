@@ -99,7 +99,7 @@ def import_one(
     templates: Annotated[str | None, typer.Option(help="ijb: the list of templates, inside SOURCE.")] = None,
     matches: Annotated[str | None, typer.Option(help="ijb: the list of comparisons, inside SOURCE.")] = None,
     image_column: Annotated[str | None, typer.Option(help="parquet, captions-csv: the column of images.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="parquet, captions-csv: the column of classes.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="parquet, captions-csv, ego: the column of classes.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="captions-csv: the column of texts.")] = None,
     first_column: Annotated[str | None, typer.Option(help="pairs-csv: the column of first images.")] = None,
     second_column: Annotated[str | None, typer.Option(help="pairs-csv: the column of second images.")] = None,
@@ -109,8 +109,11 @@ def import_one(
     images_key: Annotated[str | None, typer.Option(help="npz: the array of images.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="npz: the array of labels.")] = None,
     layout: Annotated[str | None, typer.Option(help="npz: auto, NHWC or NCHW.")] = None,
-    separator: Annotated[str | None, typer.Option(help="edges: auto, comma, tab, semicolon or space.")] = None,
-    header: Annotated[str | None, typer.Option(help="edges: auto, yes or no: does a line name columns?")] = None,
+    separator: Annotated[str | None, typer.Option(help="edges, ego: auto, comma, tab, semicolon or space.")] = None,
+    header: Annotated[str | None, typer.Option(help="edges, ego: auto, yes or no: does a line name columns?")] = None,
+    nodes: Annotated[str | None, typer.Option(help="ego: a CSV beside SOURCE: node, label, features.")] = None,
+    hops: Annotated[int | None, typer.Option(help="ego, pyg: how far a neighbourhood reaches.")] = None,
+    max_nodes: Annotated[int | None, typer.Option(help="ego, tu, pyg: of a graph.")] = None,
     columns: Annotated[
         str | None, typer.Option(help="parquet, npz: more columns to keep, NAME or NAME=NEW_NAME, with commas.")
     ] = None,
@@ -125,7 +128,8 @@ def import_one(
         "image_column": image_column, "label_column": label_column, "caption_column": caption_column,
         "first_column": first_column, "second_column": second_column, "same_column": same_column,
         "fold_column": fold_column, "label_key": label_key, "images_key": images_key, "labels_key": labels_key,
-        "layout": layout, "separator": separator, "header": header,
+        "layout": layout, "separator": separator, "header": header, "nodes": nodes, "hops": hops,
+        "max_nodes": max_nodes,
         "columns": None if columns is None else tuple(columns.split(",")),
     }  # fmt: skip
     options = {key: value for key, value in given.items() if value is not None}

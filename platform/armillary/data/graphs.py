@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from armillary.data.importers.graph_sets import picture
 from armillary.data.store import Dataset, Record, write_dataset
 
 Edges = list[tuple[int, int]]
@@ -63,9 +64,7 @@ def _picture(draw: np.random.Generator, motif: Callable[[int], Edges]) -> NDArra
     edges = motif(shape) + [(shape + node, shape + int(draw.integers(node))) for node in range(1, tree)]
     edges.append((int(draw.integers(shape)), shape + int(draw.integers(tree))))
     count, order = shape + tree, draw.permutation(shape + tree)
-    picture = np.zeros((NODES, 1 + 1 + COLOURS + NODES), np.uint8)
-    picture[:count, :2] = 255
-    picture[np.arange(count), 2 + draw.integers(COLOURS, size=count)] = 255
-    ends = order[np.array(edges)]
-    picture[ends[:, 0], 2 + COLOURS + ends[:, 1]] = picture[ends[:, 1], 2 + COLOURS + ends[:, 0]] = 255
-    return picture[:, :, None]
+    features = np.zeros((count, 1 + COLOURS), np.float32)
+    features[:, 0] = 1
+    features[np.arange(count), 1 + draw.integers(COLOURS, size=count)] = 1
+    return picture(features, order[np.array(edges)], NODES)

@@ -77,7 +77,7 @@ def ensure_dataset(name_or_path: str) -> Dataset:
 
 def _name(source: Source) -> str:
     name = PurePosixPath(source.location).name
-    for suffix in (".gz", ".tar", ".tgz", ".rec", ".bin", ".npz", ".parquet", ".csv"):
+    for suffix in (".gz", ".tar", ".tgz", ".rec", ".bin", ".npz", ".parquet", ".csv", ".pt"):
         name = name.removesuffix(suffix)
     if not name or not name[0].isalnum() or not all(letter.isalnum() or letter in "._-" for letter in name):
         raise UserError(f"{source.location} gives no name for a dataset", hint="--name NAME")

@@ -35,7 +35,7 @@ def read_edges(source: Source, options: EdgesOptions) -> Contents:
     users: set[str] = set()
     items: set[str] = set()
     total = 0
-    for user, item in _edges(source, options):
+    for user, item in read_pairs(source, options):
         users.add(user)
         items.add(item)
         total += 1
@@ -45,7 +45,7 @@ def read_edges(source: Source, options: EdgesOptions) -> Contents:
     blank = np.zeros((1, 1, 1), np.uint8)
 
     def records(start: int) -> Iterator[Record]:
-        for user, item in islice(_edges(source, options), start, None):
+        for user, item in islice(read_pairs(source, options), start, None):
             yield Record(blank, classes[_name(user, classes)], {"item": numbers[_name(item, numbers)]})
 
     return Contents(records, classes.names, [source.stat(path)], total=total, columns={"item": "int64"}, form="pixels")
@@ -60,7 +60,12 @@ def _name(name: str, classes: Classes) -> int | str:
     return int(name) if classes.whole else name
 
 
-def _edges(source: Source, options: EdgesOptions) -> Iterator[tuple[str, str]]:
+def read_pairs(source: Source, options: EdgesOptions) -> Iterator[tuple[str, str]]:
+    """The names in the first two cells of every edge.
+
+    Raises:
+        UserError: a line with fewer than two cells, or a name that is too long.
+    """
     path = source.name
     first = list(islice(_lines(source), _LOOKED_AT))
     separator = _separator(first[0][1] if first else "", options.separator)

@@ -85,6 +85,28 @@ class EdgesOptions(Options):
     )
 
 
+class TUOptions(Options):
+    """A folder in the TU Dortmund format."""
+
+    max_nodes: int = Field(128, ge=2, le=2048, description="graphs with more nodes are left out")
+
+
+class EgoOptions(EdgesOptions):
+    """An edge list, each of whose nodes becomes a sample."""
+
+    nodes: str = Field("", description="a CSV beside SOURCE with a header: node, label, features")
+    label_column: str = Field("label", description="the class, in the CSV of nodes; may be missing")
+    hops: int = Field(1, ge=1, le=4, description="how far a node's neighbourhood reaches")
+    max_nodes: int = Field(32, ge=2, le=2048, description="of a neighbourhood: the nearest ones")
+
+
+class PygOptions(Options):
+    """Graphs of PyTorch Geometric."""
+
+    hops: int = Field(1, ge=1, le=4, description="of a single graph: how far a node's neighbourhood reaches")
+    max_nodes: int = Field(128, ge=2, le=2048, description="larger graphs are left out, neighbourhoods cut")
+
+
 class NpzOptions(Options):
     """NumPy archives."""
 

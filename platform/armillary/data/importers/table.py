@@ -13,10 +13,12 @@ from armillary.data.importers.contents import Contents, Progress
 from armillary.data.importers.edges import read_edges
 from armillary.data.importers.face_bins import read_face_bin
 from armillary.data.importers.folder import read_folder, read_lfw
+from armillary.data.importers.graphs import read_ego, read_tu
 from armillary.data.importers.idx import read_idx
 from armillary.data.importers.ijb import read_ijb
 from armillary.data.importers.npz import read_npz
 from armillary.data.importers.parquet import read_parquet
+from armillary.data.importers.pyg import read_pyg
 from armillary.data.importers.recordio import read_recordio
 from armillary.data.importers.tables import read_captions_csv, read_pairs_csv
 from armillary.data.importers.webdataset import read_webdataset
@@ -68,5 +70,8 @@ IMPORTERS: dict[str, Importer] = {
     "pairs-csv": Importer("a CSV of image pairs: first, second, same", o.PairsCsvOptions, read_pairs_csv),
     "captions-csv": Importer("a CSV of images and captions", o.CaptionsCsvOptions, read_captions_csv),
     "edges": Importer("an edge list: user, item; MovieLens, Gowalla and their like", o.EdgesOptions, read_edges),
+    "ego": Importer("an edge list of one graph: each node's neighbourhood is a graph", o.EgoOptions, read_ego),
+    "tu": Importer("many graphs in the TU Dortmund format: MUTAG, PROTEINS, IMDB-BINARY", o.TUOptions, read_tu),
+    "pyg": Importer("a .pt file of PyTorch Geometric's graphs, one or a list", o.PygOptions, read_pyg),
     "npz": Importer("a NumPy archive of images and labels", o.NpzOptions, read_npz),
 }
