@@ -45,13 +45,14 @@ def built(objective: str, terms: tuple[ChosenTerm, ...], dtype: torch.dtype) -> 
     torch.manual_seed(0)
     values = tiny.hyperparameters(cls, {})
     context = BuildContext(
-        encoder=tiny.TinyEncoder(),
+        encoder=tiny.encoder_for(cls.needs_for(values)),
         embedding_dim=tiny.EMBEDDING_DIM,
         num_classes=tiny.NUM_CLASSES,
         num_samples=64,
         dataset_size=64,
         batch_size=12,
         image_size=(tiny.HEIGHT, tiny.WIDTH),
+        tables={"class_graph": torch.tensor([[0, 1], [1, 0]]), "class_graph_weight": torch.tensor([0.5, 0.5])},
     )
     whole = with_terms(cls(values, context), terms, context).to(dtype)
     return whole, needs_with_terms(cls.needs_for(values), terms, objective)

@@ -157,6 +157,26 @@ def import_one(
 
 
 @app.command()
+def relate(
+    dataset: DatasetName,
+    edges: Annotated[str, typer.Argument(help="A text file of edges: first, second[, weight].")],
+    name: Annotated[str, typer.Option(help="Of the copy that says who is near whom.")],
+    by: Annotated[str, typer.Option(help="class: edges join names of classes; sample: positions, from 0.")] = "class",
+    as_json: AsJson = False,
+) -> None:
+    """Copy a dataset and add who is near whom, from an edge list: for the term graph_constraint."""
+    from armillary.cli.console import out, print_json
+    from armillary.data.relations import relate as write
+
+    made = write(dataset, edges, name, by=by)
+    if as_json:
+        print_json(_details(made))
+        return
+    edges_there = made.manifest.tables["graph" if by == "class" else "sample_graph"].rows
+    out.print(f"{made.name}: {dataset} with {edges_there // 2} edges, in {made.location}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(
     name: DatasetName,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything and compare the fingerprint.")] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from armillary.data.interactions import with_interactions
+from armillary.data.relations import with_graph
 from armillary.data.splits import PreparedData
 from armillary.data.text import with_text
 from armillary.objectives.base import Needs
@@ -19,8 +20,10 @@ def as_inputs(data: PreparedData, needs: Needs, spec: DataSpec, tokenizer: str =
         tokenizer: that of a finished run, which is judged again.
 
     Raises:
-        UserError: the dataset lacks what the modality is made of.
+        UserError: the dataset lacks what the modality is made of, or a graph.
     """
+    if needs.graph:
+        data = with_graph(data, spec.name)
     if needs.modality in ("text", "image_text"):
         return with_text(data, spec.text, needs.modality, tokenizer)
     if needs.modality == "interactions":

@@ -27,7 +27,7 @@ from armillary.losses.decorrelation import AlignWithBase, BarlowTwins, VICReg
 from armillary.losses.decoupled import DecoupledContrastive
 from armillary.losses.embedding_dropout import SampleGuidedContrast
 from armillary.losses.future_contrast import FutureContrast
-from armillary.losses.graph_constraint import GraphConstraint
+from armillary.losses.graph_constraint import GraphConstraint, SampleGraphConstraint
 from armillary.losses.hard_classes import CurricularFace, DirectedArcFace, MVSoftmax, SubcenterArcFace
 from armillary.losses.hard_negatives import HardNegativeNCE, MixedNegatives
 from armillary.losses.hybrid_memory import HybridMemoryLoss
@@ -147,6 +147,7 @@ __all__ = [
     "QueuedNTXent",
     "RangeLoss",
     "RingLoss",
+    "SampleGraphConstraint",
     "SampleGuidedContrast",
     "SampledInstances",
     "Samples",

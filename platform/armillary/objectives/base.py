@@ -35,6 +35,7 @@ class Needs:
             (patch tokens of a transformer); see :mod:`armillary.components.backbones`.
         components: modules or state it builds for itself, by name, for listings.
         batch_coupled: the loss of a sample depends on the others, so that accumulation would change it.
+        graph: whether the dataset must say who is near whom; see :func:`armillary.data.relations.with_graph`.
     """
 
     views: int = 1
@@ -49,6 +50,7 @@ class Needs:
     encoder: Literal["any", "maps", "tokens"] = "any"
     components: tuple[str, ...] = ()
     batch_coupled: bool = False
+    graph: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.fields) - set(FIELDS)

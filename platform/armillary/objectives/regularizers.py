@@ -12,6 +12,8 @@ from armillary.components.counter import key, normals, sample_keys, uniforms
 from armillary.losses.class_centers import CenterLoss, RingLoss
 from armillary.losses.coding_rate import CodingRate
 from armillary.losses.embedding_dropout import SampleGuidedContrast
+from armillary.losses.global_batch import global_rows
+from armillary.losses.graph_constraint import SampleGraphConstraint
 from armillary.losses.information_bottleneck import InformationLowerBound, VariationalBottleneck
 from armillary.losses.range_loss import RangeLoss
 from armillary.losses.self_distillation import KoLeo
@@ -303,3 +305,68 @@ class SufficientContrastiveTerm(Term):
 @float32_math
 def _squared_error(rebuilt: Tensor, images: Tensor) -> Tensor:
     return (rebuilt - images).square().mean()
+
+
+@register_term
+class GraphConstraintTerm(Term):
+    """Who is related to whom shows in the embeddings: Con2R's graph term (Reiss et al. 2022) between samples.
+
+    The dataset says who: its table ``sample_graph`` joins samples, its table ``graph`` classes, whose samples are then
+    as near as their classes, and those of one class at 1. The posteriors, which alpha below 1 compares too, are those
+    of a linear classifier of its own, trained by cross-entropy that does not reach the embeddings. Mean over views.
+    """
+
+    name = "graph_constraint"
+    needs_labels = True
+    batch_coupled = True
+    needs_graph = True
+
+    class Hyperparameters(base.Hyperparameters):
+        """Arguments of :class:`armillary.losses.graph_constraint.SampleGraphConstraint`."""
+
+        alpha: float = Field(0.5, ge=0, le=1, description="the graph (1) against agreement of the posteriors (0)")
+        formulation: Literal["paper", "survey"] = Field(
+            "paper", description="survey: squared distances along edges; alone, it wants all embeddings equal"
+        )
+
+    keys: Tensor
+    weights: Tensor
+
+    def build(self, context: BuildContext) -> None:
+        """Keeps the graph; makes the loss and perhaps the classifier."""
+        options, tables = self.hyperparameters, context.tables
+        self.of_samples = "sample_graph" in tables
+        kind = "sample_graph" if self.of_samples else "class_graph"
+        self.size = max(context.dataset_size if self.of_samples else context.num_classes, 1)
+        source, target = tables[kind]
+        keys, order = (source * self.size + target).sort()
+        self.register_buffer("keys", keys)
+        self.register_buffer("weights", tables[f"{kind}_weight"][order])
+        self.loss = SampleGraphConstraint(options.alpha, options.formulation)
+        classified = options.alpha < 1 and options.formulation == "paper"
+        self.head = nn.Linear(context.embedding_dim, context.num_classes) if classified else None
+
+    def forward(self, seen: Embedded) -> Tensor:
+        """Of each view by itself."""
+        assert seen.label is not None
+        own = seen.index if self.of_samples else seen.label
+        near, values = self.near(own, global_rows(own)), []
+        for view in seen.views:
+            if self.head is None:
+                values.append(self.loss(view, near))
+                continue
+            logits = widen(self.head(view.detach()))
+            fit = nn.functional.cross_entropy(logits, seen.label)
+            values.append(self.loss(view, near, logits.softmax(dim=1)) + fit)
+        return torch.stack(values).mean()
+
+    def near(self, first: Tensor, second: Tensor) -> Tensor:
+        """Weights ``(n, m)`` of the edges between nodes ``(n,)`` and ``(m,)``: 1 from one to itself, 0 for none."""
+        pairs = first[:, None] * self.size + second[None]
+        same = (first[:, None] == second[None]).to(self.weights.dtype)
+        if not len(self.keys):
+            return same
+        place = torch.searchsorted(self.keys, pairs).clamp_max(len(self.keys) - 1)
+        joined = torch.where(self.keys[place] == pairs, self.weights[place], 0)
+        nearness: Tensor = torch.maximum(same, joined)
+        return nearness

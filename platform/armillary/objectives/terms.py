@@ -63,6 +63,7 @@ class Term(nn.Module):
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
     batch_coupled: ClassVar[bool] = False
+    needs_graph: ClassVar[bool] = False
     Hyperparameters: ClassVar[type[Hyperparameters]] = Hyperparameters
 
     def __init__(self, hyperparameters: Any, context: BuildContext) -> None:
@@ -175,22 +176,23 @@ def needs_with_terms(needs: Needs, terms: Sequence[ChosenTerm], objective: str =
     """The needs of an objective with terms: labels and a coupled batch where a term asks for them.
 
     Raises:
-        UserError: the objective takes maps or tokens from its encoder, or no images, so that there are no embeddings.
+        UserError: the objective takes maps or tokens from its encoder, or neither images nor graphs: no embeddings.
     """
     from dataclasses import replace
 
     if not terms:
         return needs
-    if needs.encoder != "any" or needs.modality not in ("image", "image_text"):
+    if needs.encoder != "any" or needs.modality not in ("image", "image_text", "graph"):
         raise UserError(
-            f"{objective} takes no embeddings of images from its encoder, which is what terms act on",
+            f"{objective} takes no embeddings of images or graphs from its encoder, which is what terms act on",
             key="objective.terms",
             allowed="objectives whose encoder gives embeddings",
         )
     labels = any(term.kind.needs_labels for term in terms)
     fields = needs.fields if "label" in needs.fields or not labels else (*needs.fields, "label")
     coupled = needs.batch_coupled or any(term.kind.batch_coupled for term in terms)
-    return replace(needs, fields=fields, batch_coupled=coupled)
+    graph = needs.graph or any(term.kind.needs_graph for term in terms)
+    return replace(needs, fields=fields, batch_coupled=coupled, graph=graph)
 
 
 class WithTerms(Objective):

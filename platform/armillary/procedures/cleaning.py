@@ -9,17 +9,17 @@ unit length, images are not mirrored, and cosines are compared, strictly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from armillary.data.copies import stored_records
+from armillary.data.relations import SAMPLE_GRAPH
 from armillary.data.splits import EVALUATION_TABLES, FOLD_CLASSES, TRUE_LABEL
-from armillary.data.store import Dataset, Encoded, Record, dataset_exists, write_dataset
+from armillary.data.store import Dataset, dataset_exists, write_dataset
 from armillary.evaluation.extract import extract
 from armillary.losses.tensors import check_embeddings, check_labels, normalize
 from armillary.procedures.trained import TrainedRun, load_trained
@@ -112,7 +112,7 @@ def clean_run(run_id: str, *, name: str | None = None, angle: float = 75.0) -> C
 
     Only the part the run was trained on is filtered; the other images stay, and so do class numbers and folds, so that
     a run on the new dataset is judged by the same people. ``original_index`` says which row of the first dataset an
-    image was. Tables that name rows (pairs, templates) are left out.
+    image was. Tables that name rows (pairs, templates, a graph of samples) are left out.
 
     Args:
         run_id: a finished run of an objective with a class head; with one center a class it is a plain filter by angle.
@@ -178,12 +178,19 @@ def _write(dataset: Dataset, name: str, kept: NDArray[np.bool_], note: str) -> D
     import pyarrow as pa
 
     manifest = dataset.manifest
-    tables = {table: dataset.table(table) for table in manifest.tables if table not in EVALUATION_TABLES}
+    tables = {
+        table: dataset.table(table) for table in manifest.tables if table not in (*EVALUATION_TABLES, SAMPLE_GRAPH)
+    }
     if FOLD_CLASSES not in tables:
         tables[FOLD_CLASSES] = pa.table({"class": np.flatnonzero(manifest.histogram).astype(np.int64)})
+    records = (
+        replace(record, fields={ORIGINAL_INDEX: index, **record.fields})
+        for index, record in stored_records(dataset)
+        if kept[index]
+    )
     return write_dataset(
         name,
-        _records(dataset, kept),
+        records,
         class_names=manifest.class_names,
         columns={**manifest.columns, ORIGINAL_INDEX: "int64"},
         tables=tables,
@@ -191,22 +198,3 @@ def _write(dataset: Dataset, name: str, kept: NDArray[np.bool_], note: str) -> D
         credit=f"{manifest.credits}; {dataset.name} ({dataset.fingerprint[:12]}) {note}",
         licence=manifest.licence,
     )
-
-
-def _records(dataset: Dataset, kept: NDArray[np.bool_]) -> Iterator[Record]:
-    """The kept rows as stored: encoded images are not decoded."""
-    import pyarrow as pa
-
-    for number, shard in enumerate(dataset.shards):
-        for group in range(len(shard.group_rows)):
-            table = dataset.read_arrow(number, group)
-            for row in table.filter(pa.array(kept[table["index"].to_numpy()])).to_pylist():
-                yield _record(row, dataset)
-
-
-def _record(row: dict[str, Any], dataset: Dataset) -> Record:
-    shape = (row.pop("height"), row.pop("width"), row.pop("channels"))
-    data, label, index = row.pop("image"), row.pop("label"), row.pop("index")
-    encoded = dataset.manifest.form == "encoded"
-    image = Encoded(data, shape) if encoded else np.frombuffer(data, dtype=np.uint8).reshape(shape)
-    return Record(image, int(label), {ORIGINAL_INDEX: index, **row})

@@ -325,7 +325,7 @@ def batch(
     if needs.modality == "text":
         return Batch(tuple(sentences(labels, draw) for _ in range(needs.views)), index)
     if needs.modality == "graph":
-        return Batch((graphs(labels, draw, dtype),), index)
+        return Batch((graphs(labels, draw, dtype),), index, {"label": labels} if "label" in needs.fields else {})
     if needs.modality == "interactions":
         chosen = EDGES.T[torch.randint(EDGES.shape[1], (size,), generator=draw)]
         return Batch((torch.cat([chosen, torch.full((size, 1), USERS + ITEMS - 1)], dim=1),), index)

@@ -61,7 +61,13 @@ def _name(name: str, classes: Classes) -> int | str:
 
 
 def read_pairs(source: Source, options: EdgesOptions) -> Iterator[tuple[str, str]]:
-    """The names in the first two cells of every edge.
+    """The names in the first two cells of every edge; see :func:`read_cells`."""
+    for _, cells in read_cells(source, options):
+        yield cells[0], cells[1]
+
+
+def read_cells(source: Source, options: EdgesOptions) -> Iterator[tuple[str, list[str]]]:
+    """The cells of every edge, the first two filled, and where they stand.
 
     Raises:
         UserError: a line with fewer than two cells, or a name that is too long.
@@ -77,7 +83,7 @@ def read_pairs(source: Source, options: EdgesOptions) -> Iterator[tuple[str, str
             raise UserError(f"fewer than two cells: {line[:80]!r}", where=where, allowed="user, item")
         if max(map(len, cells[:2])) > _MAX_ID:
             raise UserError(f"a name of more than {_MAX_ID} letters", where=where)
-        yield cells[0], cells[1]
+        yield where, cells
 
 
 def _lines(source: Source) -> Iterator[tuple[int, str]]:
