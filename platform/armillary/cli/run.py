@@ -26,13 +26,14 @@ def run(
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
-        str | None, typer.Option(help="Go on with this run from its last checkpoint; 'last' takes the newest.")
+        str | None, typer.Option(help="Go on with this run, or with this study; 'last' takes the newest unfinished.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Runs a job: trains it, sweeps it, or works through a study or a chain, as its kind says.
 
-    With --resume no job file is named: the run's own is used, and overrides such as train.workers=2 apply to it.
+    With --resume no job file is named: the run's own is used, and overrides such as train.workers=2 apply to it. A run
+    goes on from its last checkpoint; a study trains the runs that it lacks.
     """
     if resume is not None:
         _resume(resume, [part for part in (job, *(overrides or [])) if part], as_json)
@@ -50,7 +51,7 @@ def run(
 
             run_and_print(loaded, None, as_json)
         case "study":
-            _study(loaded, as_json)
+            _study(loaded, None, as_json)
         case "chain":
             _chain(loaded, as_json)
         case _:
@@ -61,15 +62,39 @@ def run(
 def _resume(name: str, overrides: list[str], as_json: bool) -> None:
     from armillary.spec.jobs import TrainJob
     from armillary.spec.loading import load_job
+    from armillary.sweeps.studies import find_study
     from armillary.training.launch import find_resumable
 
     wrong = [part for part in overrides if "=" not in part]
     if wrong:
         raise UserError(f"--resume uses the run's own job; {wrong[0]!r} is not an override", allowed="key=value")
+    study = _study_named(name)
+    if study is not None:
+        study_id, study_job = find_study(study, overrides)
+        _study(study_job, study_id, as_json)
+        return
     directory = find_resumable(None if name == "last" else name)
     job = load_job(directory.path / "job.yaml", overrides)
     assert isinstance(job, TrainJob)
     _train(job, directory, as_json)
+
+
+def _study_named(name: str) -> str | None:
+    """The study that is meant by a name of a run or study, or by ``last``; ``None`` where a run is."""
+    from armillary.sweeps.studies import studies_dir, unfinished_studies
+    from armillary.training.rundir import all_runs
+
+    runs = all_runs()
+    if name == "last":
+        studies = unfinished_studies()
+        alone = (run.record() for run in runs)
+        begun = [record.created for record in alone if record.group is None and record.status != "finished"]
+        if studies and (studies[-1] / "study.yaml").stat().st_mtime > max(begun, default=0.0):
+            return studies[-1].name
+        return None
+    if any(run.run_id.startswith(name) for run in runs):
+        return None
+    return name if next(studies_dir().glob(f"{name}*/study.yaml"), None) else None
 
 
 def _train(job: TrainJob, resume: Any, as_json: bool) -> None:
@@ -102,14 +127,24 @@ def _print(record: RunRecord, as_json: bool) -> None:
     print_note(f"judge it again: armillary evaluate {record.run_id}\nrank it: armillary leaderboard")
 
 
-def _study(job: StudyJob, as_json: bool) -> None:
+def _study(job: StudyJob, resume: str | None, as_json: bool) -> None:
     from armillary.cli.progress import progress
     from armillary.sweeps.report import answers, study_board, write_report
     from armillary.sweeps.studies import expand, run_study
     from armillary.tracking import format as shown
 
-    with progress(job.name, [item for _, item in expand(job)]) as bar:
-        result = run_study(job, on_report=bar.report)
+    known, runs = list[str](), [item for _, item in expand(job)]
+
+    def started(study_id: str, missing: int) -> None:
+        known.append(study_id)
+        print_note(f"study {study_id}: {missing} of {len(runs)} runs to train")
+
+    try:
+        with progress(job.name, runs) as bar:
+            result = run_study(job, resume=resume, on_start=started, on_report=bar.report)
+    except KeyboardInterrupt:
+        hint = f"Go on with: armillary run --resume {known[-1]}" if known else "Nothing was started."
+        raise KeyboardInterrupt(hint) from None
     report = write_report(job, result)
     board = study_board(job, result)
     if as_json:

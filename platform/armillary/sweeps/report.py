@@ -14,7 +14,7 @@ from armillary.evaluation.report import Code, Heading, Paragraph, Plot, Section,
 from armillary.spec.jobs import StudyJob
 from armillary.spec.loading import dump_job
 from armillary.sweeps.axis import lines
-from armillary.sweeps.studies import StudyResult
+from armillary.sweeps.studies import REPORT, StudyResult
 from armillary.tracking import format as shown
 from armillary.tracking.leaderboard import Board, Group
 from armillary.tracking.query import group_board
@@ -85,7 +85,7 @@ def write_report(job: StudyJob, result: StudyResult, *, extra: Sequence[Section]
         caption = "True accept rate against false accept rate on people never trained on; mean and range over runs"
         sections += [Heading("Verification"), Plot(roc_figure(curves), caption=caption)]
     sections += [Heading("How it was made"), Code(dump_job(job), caption="the study")]
-    path = result.folder / "report.html"
+    path = result.folder / REPORT
     path.write_text(html_page(job.name, sections))
     return path
 

@@ -66,6 +66,26 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+@contextmanager
+def claimed(folder: Path, taken: str, patience: float) -> Iterator[None]:
+    """Holds a folder for this process through a lock on its file ``claim``, which goes with the process.
+
+    Raises:
+        UserError: ``taken``, when another process still holds it after ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    with (folder / "claim").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(taken) from None
+                time.sleep(0.1)
+        yield
+
+
 class RunDirectory:
     """Reads and writes one run's folder."""
 
@@ -130,16 +150,7 @@ class RunDirectory:
         Raises:
             UserError: another process still holds it after ``patience`` seconds.
         """
-        deadline = time.monotonic() + patience
-        with (self.path / "claim").open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise UserError(f"run {self.run_id} is still being trained by another process") from None
-                    time.sleep(0.1)
+        with claimed(self.path, f"run {self.run_id} is still being trained by another process", patience):
             yield
 
     def events(self) -> Iterator[dict[str, Any]]:
