@@ -83,6 +83,20 @@ def test_variants_that_differ_in_the_axis_are_a_line() -> None:
     places, means = drawn["arcface (2 runs)"]
     assert places == [0.0, 0.5]
     assert means == pytest.approx([0.85, 0.6])
+    # The axis is filled by what was measured.
+    low, high = figure.layout.yaxis.range
+    assert 0.4 < low < 0.5
+    assert 0.9 < high < 1
+
+
+def test_a_line_over_a_decimal_number_is_named_by_the_words_before_it() -> None:
+    variants = [{"name": f"alpha {alpha}", "set": {"objective.margin": alpha}} for alpha in (0.1, 0.3)]
+    job = StudyJob.model_validate({"kind": "study", "base": JOB, "axis": "objective.margin", "variants": variants})
+    found = [RunRecord(run_id=v["name"], name="x", variant=v["name"], metrics={"m": -1.0}) for v in variants]
+    (line,) = lines(job, found, "m")
+    assert line.name == "alpha"
+    low, high = line_figure({line.name: line.values}, x="margin", y="m").layout.yaxis.range
+    assert low < -1 < high
 
 
 @pytest.mark.parametrize("axis", ["data.no_such_key", "data.name", "objective.margin"])

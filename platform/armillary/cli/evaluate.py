@@ -158,7 +158,7 @@ def _judge_run(
     from armillary.spec.jobs import TrainJob
     from armillary.spec.loading import load_job
     from armillary.training.model import load_encoder, load_tokenizer
-    from armillary.training.preflight import needs_of
+    from armillary.training.preflight import check_modality_of_protocols, needs_of
     from armillary.training.rundir import RunDirectory
 
     directory = RunDirectory.find(run_id)
@@ -169,11 +169,16 @@ def _judge_run(
     encoder = load_encoder(directory)
     chosen = names or list(job.evaluate.protocols)
     seed = job.seed if seed is None else seed
+    needs = needs_of(job)
+    check_modality_of_protocols(chosen, needs, job.objective.name, None, "--protocol")
+    if dataset is not None and needs.modality == "interactions":
+        problem = f"{job.objective.name} embeds the users and items of {job.data.name}, and knows no others"
+        raise UserError(problem, where="--data", hint="leave --data out")
     if dataset is not None:
         return directory.run_id, seed, _judge_elsewhere(encoder, job, dataset, chosen, seed)
     check_protocols(chosen, job.data.split, where="--protocol" if names else None)
     print_note(f"embedding {job.data.name}, fold {job.data.fold}")
-    data = as_inputs(prepare(job.data, seed=job.seed), needs_of(job), job.data, load_tokenizer(directory))
+    data = as_inputs(prepare(job.data, seed=job.seed), needs, job.data, load_tokenizer(directory))
     results = evaluate_encoder(
         encoder,
         data,

@@ -49,6 +49,8 @@ class Axes:
     x: str
     y: str
     log_x: bool
+    # Shares, whose axis ends at 1; what else is measured fills its axis.
+    share: bool = True
 
 
 def roc_bands(curves: RocCurves) -> list[Band]:
@@ -132,7 +134,7 @@ def line_figure(lines: Mapping[str, Mapping[float, Sequence[float]]], *, x: str,
         bands.append(Band(name, np.array(places), mean, low, high, max(map(len, runs))))
     if not bands:
         raise ValueError("there is no line to draw")
-    return _figure(bands, Axes(f"{y} over {x}", x, y, log_x=False))
+    return _figure(bands, Axes(f"{y} over {x}", x, y, log_x=False, share=False))
 
 
 def box_figure(values: Mapping[str, Sequence[float]], *, y: str) -> Figure:
@@ -244,9 +246,18 @@ def _figure(bands: Sequence[Band], axes: Axes) -> Figure:
     figure.update_xaxes(title=axes.x, **grid)
     if axes.log_x:
         figure.update_xaxes(type="log", exponentformat="power", dtick=1)
-    lowest = min(float(band.low.min()) for band in bands)
-    figure.update_yaxes(title=axes.y, range=[max(0.0, lowest - 0.03), 1.01], **grid)
+    figure.update_yaxes(title=axes.y, range=_range(bands, axes), **grid)
     return figure
+
+
+def _range(bands: Sequence[Band], axes: Axes) -> list[float]:
+    """The vertical axis."""
+    low, high = min(float(band.low.min()) for band in bands), max(float(band.high.max()) for band in bands)
+    if axes.share:
+        return [max(0.0, low - 0.03), 1.01]
+    # At least a hundredth is shown, so that rounding does not look like a change.
+    room = max(0.08 * (high - low), 0.005)
+    return [low - room, high + room]
 
 
 def _save_png(bands: Sequence[Band], axes: Axes, path: Path) -> None:

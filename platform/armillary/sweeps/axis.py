@@ -62,8 +62,9 @@ def lines(job: StudyJob, records: Sequence[RunRecord], metric: str) -> list[Line
     found = []
     for variants in grouped.values():
         names = [variant.name for variant in variants]
-        # Letter by letter: "softmax 32" and "softmax 64" are one line.
-        line = Line(commonprefix(names).strip() if len(names) > 1 else names[0])  # noqa: RUF071
+        # Letter by letter: "softmax 32" and "softmax 64" are one line, and of "alpha 0.1" and "alpha 0.3" it is alpha.
+        common = commonprefix(names).rstrip(" .-0123456789") if len(names) > 1 else names[0]  # noqa: RUF071
+        line = Line(common or job.name)
         for place, name in sorted((place_of(job, variant), variant.name) for variant in variants):
             values = [r.metrics[metric] for r in records if r.variant == name and metric in r.metrics]
             if values:

@@ -31,6 +31,8 @@ def check_initial(job: TrainJob, channels: int, size: tuple[int, int]) -> None:
             trained on images that the job evaluates.
     """
     run = _find(job)
+    for ancestor, trained in _ancestors(run):
+        _check_unseen(job.data, trained.data, ancestor)
     found = describe(run)
     theirs = BackboneSpec(**found["backbone"])
     with torch.device("meta"):
@@ -51,8 +53,6 @@ def check_initial(job: TrainJob, channels: int, size: tuple[int, int]) -> None:
         )
     if not theirs.tail:
         _check_tail(job, run)
-    for ancestor, trained in _ancestors(run):
-        _check_unseen(job.data, trained.data, ancestor)
 
 
 def load_initial(encoder: nn.Module, job: TrainJob) -> None:
@@ -84,6 +84,8 @@ def _without_tail(spec: BackboneSpec) -> BackboneSpec:
 def _shown(spec: BackboneSpec, channels: int, size: Sequence[int]) -> str:
     options = {"embedding_dim": spec.embedding_dim, **spec.options}
     listed = ", ".join(f"{key} {value}" for key, value in options.items())
+    if spec.name == "lightgcn":
+        return f"{spec.name} ({listed}) for {channels} nodes, {size[0]} users, {size[1]} edges"
     return f"{spec.name} ({listed}) for {channels} x {size[0]} x {size[1]}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +102,7 @@ def plan(
             )
         _check_backbone(job, needs)
         check_protocols(job.evaluate.protocols, job.data.split)
-        _check_modality_of_protocols(job, needs)
+        check_modality_of_protocols(job.evaluate.protocols, needs, job.objective.name)
         _check_training(job, needs)
         check_capacity(job, capacity or local_capacity())
         data = as_inputs(prepared(job.data, seed=job.seed), needs, job.data)
@@ -131,18 +131,27 @@ def needs_of(job: TrainJob) -> Needs:
 _JUDGES = {"cross_retrieval": "image_text", "recommendation": "interactions"}
 
 
-def _check_modality_of_protocols(job: TrainJob, needs: Needs) -> None:
-    for name in job.evaluate.protocols:
+def check_modality_of_protocols(
+    names: Iterable[str], needs: Needs, objective: str, key: str | None = "evaluate.protocols", where: str | None = None
+) -> None:
+    """Checks that protocols judge what an objective embeds.
+
+    Raises:
+        UserError: one does not.
+    """
+    for name in names:
         if _JUDGES.get(name, needs.modality) != needs.modality:
             raise UserError(
-                f"{name} judges objectives on {_JUDGES[name]}, and {job.objective.name} is one on {needs.modality}",
-                key="evaluate.protocols",
+                f"{name} judges objectives on {_JUDGES[name]}, and {objective} is one on {needs.modality}",
+                key=key,
+                where=where,
                 hint="`armillary objectives show NAME` says an objective's modality",
             )
         if needs.modality == "interactions" and name not in _JUDGES:
             raise UserError(
-                f"{job.objective.name} embeds users and items, and {name} compares samples by their classes",
-                key="evaluate.protocols",
+                f"{objective} embeds users and items, and {name} compares samples by their classes",
+                key=key,
+                where=where,
                 allowed="recommendation",
             )
 
