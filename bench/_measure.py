@@ -119,14 +119,34 @@ class Report:
         self.figures[name] = float(value)
 
     def goal(
-        self, name: str, measured: float, *, at_least: float = -math.inf, at_most: float = math.inf, unit: str = ""
+        self,
+        name: str,
+        measured: float,
+        *,
+        at_least: float = -math.inf,
+        at_most: float = math.inf,
+        unit: str = "",
+        limit: float | None = None,
     ) -> bool:
-        """Judges one number against its bound; says whether it is met. Exactly one bound must be given."""
+        """Judges one number against its bound; says whether it is met. Exactly one bound must be given.
+
+        Args:
+            name: of the goal.
+            measured: the number.
+            at_least: its lower bound.
+            at_most: its upper bound.
+            unit: what the numbers are.
+            limit: the best that this machine could do, measured too. A goal beyond it is missed all the same; the
+                verdict says that the machine is why.
+        """
         if (at_least == -math.inf) == (at_most == math.inf):
             raise ValueError("one of at_least and at_most must be given")
         met = bool(at_least <= measured <= at_most)
         bound = f"at least {at_least:g}{unit}" if at_most == math.inf else f"at most {at_most:g}{unit}"
-        self.goals.append({"goal": name, "measured": float(measured), "bound": bound, "unit": unit, "met": met})
+        found = {"goal": name, "measured": float(measured), "bound": bound, "unit": unit, "met": met}
+        if limit is not None and not at_least <= limit <= at_most:
+            found["limit"] = float(limit)
+        self.goals.append(found)
         return met
 
     def finish(self) -> int:
@@ -148,5 +168,7 @@ def verdicts(goals: list[dict[str, Any]]) -> list[str]:
     for goal in goals:
         measured = f"{goal['measured']:.4g}{goal['unit']}"
         verdict = "met" if goal["met"] else "NOT MET"
+        if "limit" in goal and not goal["met"]:
+            verdict += f", out of this machine's reach: {goal['limit']:.3g}{goal['unit']} at best"
         lines.append(f"goal: {goal['goal']:{wide}}  {measured:>10}  ({goal['bound']})  {verdict}")
     return lines

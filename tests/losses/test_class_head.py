@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from armillary import losses
-from armillary.losses import class_chunks, class_rows
+from armillary.losses import class_chunks, class_head, class_rows
 from armillary.losses.class_chunks import Rows
 from armillary.losses.class_head import ClassHeadLoss, LinearHeadLoss, Samples, softmax_head_loss
-from armillary.losses.tensors import normalize
+from armillary.losses.tensors import half_products_pay, normalize
 from armillary.testing.gloo_pool import shared_pool
 
 CLASSES, DIM, BATCH = 11, 5, 8
@@ -247,7 +247,8 @@ def test_no_matrix_is_kept() -> None:
     assert max(sizes) <= head.weight.numel() < 64 * 20_000
 
 
-def test_bfloat16_products() -> None:
+def test_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(class_head, "half_products_pay", lambda *_: True)
     torch.manual_seed(0)
     classes = 2 * class_chunks.CHUNK + 5
     head, labels = losses.ArcFace(classes, 64), torch.randint(0, classes, (32,))
@@ -263,6 +264,20 @@ def test_bfloat16_products() -> None:
     torch.testing.assert_close(half, exact, rtol=1e-2, atol=0)
     for key, value in wanted.items():
         assert functional.cosine_similarity(found[key].flatten(), value.flatten(), dim=0) > 0.999, key
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_autocast_narrows_products_where_that_is_quicker(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    capable = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
+    half_products_pay.cache_clear()
+    head, given = losses.ArcFace(class_chunks.CHUNK + 1, 16), torch.randn(4, 16)
+    exact = head(given, torch.arange(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(given, torch.arange(4))
+    half_products_pay.cache_clear()
+    assert (found != exact) == amx
+    assert half_products_pay("cuda", torch.float16)
 
 
 def split_part(name: str, classes_of_two: bool) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:

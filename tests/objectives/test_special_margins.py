@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from armillary.losses.sample_margins import MagFace
+from armillary.losses.subclusters import neighbor_accuracy
 from armillary.objectives import Batch, Objective
 from armillary.objectives.adaptive_margin import FairLoss, QMagFaceObjective
 from armillary.objectives.image_sets import SetDDC
@@ -202,3 +203,27 @@ def test_centers_descend() -> None:
     objective, batch = make(SetDDC)
     losses = [step(objective, batch, number, lr=0.0) for number in range(40)]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_accuracy_of_sets_is_that_of_the_nearest_center() -> None:
+    """Centres on the sets' means find every set, centres of other classes none, absent centres not theirs."""
+    objective, batch = make(SetDDC, subclusters=1, sets=5)
+    objective.before_epoch(0, lambda: iter([batch]))
+    objective.eval()  # with the statistics that the centres were found by
+    assert float(objective(batch).metrics["accuracy"]) == 1
+    right = objective.classes.clone()
+    objective.classes.copy_(torch.where(right < 0, -1, (right + 1) % tiny.NUM_CLASSES))
+    assert float(objective(batch).metrics["accuracy"]) == 0
+    objective.classes.copy_(torch.where(right == 0, -1, right))
+    assert float(objective(batch).metrics["accuracy"]) == 6 / 8  # two of the eight sets were of class 0
+
+
+def test_accuracy_of_sets_in_the_surveys_formulation() -> None:
+    """By hand: the nearest other set of each; a class with one set in the batch does not count."""
+    directions = torch.tensor([[1.0, 0], [1, 0.05], [0, 1], [1, 0.2], [-1, 0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    # The sets of class 0 find each other; of class 1 one finds the other, which finds class 0; class 2 has one set.
+    assert float(neighbor_accuracy(directions, labels)) == pytest.approx(3 / 4)
+    assert float(neighbor_accuracy(directions[:1], labels[:1])) == 0
+    objective, batch = make(SetDDC, formulation="survey")
+    assert 0 <= float(objective(batch).metrics["accuracy"]) <= 1

@@ -37,6 +37,16 @@ def test_a_report_judges_prints_and_writes(measure: Any, tmp_path: Path, capsys:
     assert written["figures"] == {"size": 7.0}
 
 
+def test_a_goal_beyond_the_machine_is_missed_and_explained(measure: Any, capsys: Any) -> None:
+    report = measure.Report("pretend")
+    assert not report.goal("fast", 2.0, at_least=6, unit="x", limit=3.44)
+    assert not report.goal("slow", 2.0, at_least=6, unit="x", limit=7.0)
+    assert report.finish() == 1
+    beyond, within = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert beyond.endswith("NOT MET, out of this machine's reach: 3.44x at best")
+    assert within.endswith("NOT MET")
+
+
 def test_not_a_number_meets_no_goal(measure: Any) -> None:
     assert not measure.Report("pretend").goal("speed", float("nan"), at_least=0)
     with pytest.raises(ValueError, match="one of"):

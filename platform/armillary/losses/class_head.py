@@ -24,6 +24,10 @@ Per-sample quantities are columns ``(batch, 1)``, so that they broadcast against
 entry per class (``row_names``: ``weight``, a bias, class margins) may be split over workers: read them through
 ``rows``, which holds the entries of the chunk, never through ``self``. Other sums over all classes (AdaCos' B_avg,
 P2SGrad's squares) go through ``samples.classes.sum`` and ``.log_sum_exp``.
+
+Every loss spells out its constructor, though ``num_classes, embedding_dim, margin, scale, ..., reduction`` stand in
+most: which of them a loss has, in which order and with which of its paper's defaults is what a user reads and what
+editors and type checkers know of it. As ``**options`` they would lose their places and their defaults.
 """
 
 from __future__ import annotations
@@ -38,7 +42,15 @@ from torch import Tensor, nn
 from armillary import collectives
 from armillary.losses.class_chunks import CHUNK, Rows
 from armillary.losses.class_rows import Classes, RowSampler, RowSplit
-from armillary.losses.tensors import check_choice, check_embeddings, check_labels, float32_math, normalize, widen
+from armillary.losses.tensors import (
+    check_choice,
+    check_embeddings,
+    check_labels,
+    float32_math,
+    half_products_pay,
+    normalize,
+    widen,
+)
 
 Columns = Mapping[str, Tensor]
 
@@ -262,7 +274,8 @@ class ClassHeadLoss(nn.Module):
     ) -> Tensor:
         """The loss of this worker's samples.
 
-        Under autocast products with more than a chunk of classes run in autocast's type, everything else in float32.
+        Under autocast products with more than a chunk of classes run in autocast's type where that is quicker
+        (:func:`armillary.losses.tensors.half_products_pay`), everything else in float32.
 
         Args:
             embeddings: ``(batch, embedding_dim)``, of any length: they are normalised here where the loss wants that.
@@ -270,9 +283,10 @@ class ClassHeadLoss(nn.Module):
             metrics: receives ``accuracy`` (of the head, without the margin), ``target_<similarity>`` and ``scale``.
             info: per-sample columns that the loss's rules use, each ``(batch, ...)``.
         """
-        device = embeddings.device.type
-        halved = torch.is_autocast_enabled(device) and self.num_classes > CHUNK
-        product_type = torch.get_autocast_dtype(device) if halved else None
+        device, product_type = embeddings.device.type, None
+        if torch.is_autocast_enabled(device) and self.num_classes > CHUNK:
+            halved = torch.get_autocast_dtype(device)
+            product_type = halved if half_products_pay(device, halved) else None
         return self._loss(embeddings, labels, metrics, info, product_type)
 
     @float32_math

@@ -71,11 +71,12 @@ class _Keys:
             if self._measure:
                 torch.linalg.vector_norm(weight, dim=1, keepdim=True, out=inverse)
                 inverse.masked_fill_(inverse <= 1e-12, math.inf).reciprocal_()
-            torch.mul(weight, inverse, out=keys)
-        else:
-            keys[:, : weight.shape[1]] = weight
-            if self.bias is not None:
-                keys[:, -1] = self.bias[start:stop]
+            wide = torch.mul(weight, inverse, out=self._scratch[: stop - start])
+            # Two steps: one operation that multiplies and rounds takes longer.
+            return wide if self.dtype == wide.dtype else keys.copy_(wide)
+        keys[:, : weight.shape[1]] = weight
+        if self.bias is not None:
+            keys[:, -1] = self.bias[start:stop]
         return keys
 
     def project(self, gradient: Tensor, start: int, stop: int) -> None:
@@ -90,17 +91,27 @@ class _Keys:
 class _Terms:
     """``keys queries^T`` of a chunk, ``(classes, batch)``, in one reused buffer.
 
-    Classes come first: both products that take the terms' gradients on are quicker so.
+    Classes come first: both products that take the terms' gradients on are quicker so. Products in half precision are
+    widened at once: exponentials and sums are quicker in float32, and exact.
     """
 
-    def __init__(self, classes: ClassPass, queries: Tensor) -> None:
-        self._own, self._queries = classes.own, queries
-        self._space = queries.new_empty(len(queries) * min(classes.chunk, classes.count))
+    def __init__(self, classes: ClassPass, queries: Tensor, dtype: torch.dtype) -> None:
+        self._own, self._queries = classes.own, queries.to(dtype)
+        size = len(queries) * min(classes.chunk, classes.count)
+        self._space = queries.new_empty(size)
+        self._half = self._space if dtype == queries.dtype else queries.new_empty(size, dtype=dtype)
 
     def of(self, keys: Tensor) -> Tensor:
-        """Valid until the next call."""
+        """In the queries' own type, valid until the next call."""
         shape = len(keys), len(self._queries)
-        return torch.mm(keys, self._queries.T, out=self._space[: shape[0] * shape[1]].view(shape))
+        space, half = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (self._space, self._half))
+        torch.mm(keys, self._queries.T, out=half)
+        return space if half.dtype == space.dtype else space.copy_(half)
+
+    def factor(self, terms: Tensor) -> Tensor:
+        """What :meth:`of` gave, in the products' type, as a factor of the next ones."""
+        half = self._half[: terms.numel()].view(terms.shape)
+        return terms if half.dtype == terms.dtype else half.copy_(terms)
 
     def fill_own(self, terms: Tensor, start: int, value: float) -> None:
         """Writes ``value`` where a sample meets its own class."""
@@ -112,15 +123,15 @@ class _LogSumExp(Function):
     @staticmethod
     def forward(ctx: Any, classes: ClassPass, cosine: bool, queries: Tensor, *tokens: Tensor) -> Any:
         keys = _Keys(classes, cosine, queries)
-        chunk_terms = _Terms(classes, queries.to(keys.dtype))
+        chunk_terms = _Terms(classes, queries, keys.dtype)
         largest = queries.new_full((len(queries),), -math.inf)
         total = torch.zeros_like(largest)
         for start, stop in classes.chunks():
             terms = chunk_terms.of(keys.chunk(start, stop))
             chunk_terms.fill_own(terms, start, -math.inf)
-            raised = torch.maximum(largest, terms.amax(dim=0).to(largest.dtype))
-            terms.sub_(finite(raised).to(terms.dtype)).exp_()
-            total = total * decay(largest, raised) + terms.sum(dim=0, dtype=total.dtype)
+            raised = torch.maximum(largest, terms.amax(dim=0))
+            terms.sub_(finite(raised)).exp_()
+            total = total * decay(largest, raised) + terms.sum(dim=0)
             largest = raised
         if classes.best is None:
             classes.best = largest[:, None]
@@ -134,25 +145,24 @@ class _LogSumExp(Function):
         classes: ClassPass = ctx.classes
         queries, result = ctx.saved_tensors
         keys = _Keys(classes, ctx.cosine, queries, ctx.inverse)
-        chunk_terms = _Terms(classes, queries.to(keys.dtype))
-        # In half precision the shift is rounded; what that does to the softmax is one factor per sample.
-        shift = finite(result).to(keys.dtype)
-        factor = gradients[0] * (shift.to(result.dtype) - finite(result)).exp()
-        weighted = (factor * queries).to(keys.dtype)
+        chunk_terms = _Terms(classes, queries, keys.dtype)
+        shift = finite(result).T
+        weighted = (gradients[0] * queries).to(keys.dtype)
         to_queries = torch.zeros_like(queries)
         wanted = {name: row for name, row in classes.rows.items() if classes.gradients.wanted[name]}
         buffers = {name: classes.gradients.buffer(name, row) for name, row in wanted.items()}
         for start, stop in classes.chunks():
             key = keys.chunk(start, stop)
-            softmax = chunk_terms.of(key).sub_(shift.T).exp_()
-            chunk_terms.fill_own(softmax, start, 0)
+            terms = chunk_terms.of(key).sub_(shift).exp_()
+            chunk_terms.fill_own(terms, start, 0)
+            softmax = chunk_terms.factor(terms)
             if key.dtype == to_queries.dtype:
                 to_queries.addmm_(softmax.T, key)
             else:
                 to_queries += softmax.T @ key
             if buffers:
                 _store(buffers, softmax, weighted, keys, start, stop)
-        return (None, None, factor * to_queries, *[None] * ctx.tokens)
+        return (None, None, gradients[0] * to_queries, *[None] * ctx.tokens)
 
 
 def _store(

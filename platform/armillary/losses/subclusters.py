@@ -100,3 +100,31 @@ def set_means(embeddings: Tensor, labels: Tensor, sets: Tensor) -> tuple[Tensor,
     counts = torch.bincount(place, minlength=keys.shape[1]).to(rows.dtype)
     sums = rows.new_zeros(keys.shape[1], rows.shape[1]).index_add(0, place, rows)
     return sums / counts[:, None], keys[0].contiguous()
+
+
+@torch.no_grad()
+def nearest_accuracy(means: Tensor, labels: Tensor, centers: Tensor, classes: Tensor) -> Tensor:
+    """The share of image sets whose mean's nearest centre is of the set's class, a scalar.
+
+    Args:
+        means: ``(n, dim)`` of the sets, as :func:`set_means` gives them.
+        labels: ``(n,)``.
+        centers: ``(M, dim)``.
+        classes: ``(M,)`` the class of each centre; -1 for a place without one.
+    """
+    distance = squared_distances(means, centers.to(means.dtype)).masked_fill(classes < 0, torch.inf)
+    return (classes[distance.argmin(dim=1)] == labels).to(means.dtype).mean()
+
+
+@torch.no_grad()
+def neighbor_accuracy(means: Tensor, labels: Tensor) -> Tensor:
+    """The share of image sets whose nearest other set is of the same class, among those that have one; a scalar.
+
+    Args:
+        means: ``(n, dim)`` of the sets, as :func:`set_means` gives them.
+        labels: ``(n,)``.
+    """
+    alone = torch.eye(len(means), dtype=torch.bool, device=means.device)
+    nearest = squared_distances(means, means).masked_fill(alone, torch.inf).argmin(dim=1)
+    counted = ((labels[:, None] == labels) & ~alone).any(dim=1)
+    return ((labels[nearest] == labels) & counted).to(means.dtype).sum() / counted.sum().clamp_min(1)

@@ -34,6 +34,23 @@ def float32_math(forward: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return wrapped
 
 
+@functools.cache
+def half_products_pay(device: str, dtype: torch.dtype) -> bool:
+    """Whether matrix products in this half-precision type are quicker than float32 ones on this machine.
+
+    An x86 processor without matrix units for the type (AMX) is taken to be no quicker, even where it knows bfloat16
+    instructions: on one such (AVX-512 BF16) these products took twice as long.
+
+    Args:
+        device: a device's type, ``cpu`` or ``cuda``.
+        dtype: ``bfloat16`` or ``float16``.
+    """
+    known = torch.cpu.get_capabilities() if device == "cpu" else {}
+    if known.get("architecture") != "x86_64":
+        return True
+    return bool(known.get("amx_bf16" if dtype == torch.bfloat16 else "amx_fp16", False))
+
+
 def normalize(vectors: Tensor, eps: float = 1e-12) -> Tensor:
     """Rows ``(..., dim)`` scaled to unit length; a zero row has no direction and stays zero, with zero gradient.
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import pi
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from armillary.losses.pose_margins import PoseCurriculum, PoseWeightedArcFace
-from armillary.objectives import base
 from armillary.objectives.base import BuildContext, Citation, Convergence, Needs
 from armillary.objectives.bases import ClassHeadObjective
-from armillary.objectives.margin_softmax import MAX_SCALE, SMALL_DATA
+from armillary.objectives.margin_softmax import SMALL_DATA, AngularHyperparameters
 from armillary.objectives.registry import register
 
 
@@ -42,11 +40,9 @@ class HeadPoseSoftmax(ClassHeadObjective):
     }
     convergence = Convergence(margin=0.14, job=SMALL_DATA)
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(AngularHyperparameters):
         """ArcFace's, and how pose enters."""
 
-        margin: float = Field(0.5, ge=0, le=pi / 2, description="additive margin in radians")
-        scale: float = Field(64.0, ge=0.01, le=MAX_SCALE, description="logit scale")
         formulation: Literal["survey", "curriculum"] = Field(
             "survey", description="weights, or emphasis of hard classes"
         )

@@ -12,7 +12,7 @@ from armillary.losses.hard_classes import CurricularFace, DirectedArcFace, MVSof
 from armillary.objectives import base
 from armillary.objectives.base import BuildContext, Citation, Convergence
 from armillary.objectives.bases import ClassHeadObjective
-from armillary.objectives.margin_softmax import MAX_SCALE, SMALL_DATA
+from armillary.objectives.margin_softmax import MAX_SCALE, SMALL_DATA, AngularHyperparameters, ArcFaceHyperparameters
 from armillary.objectives.registry import register
 
 
@@ -71,11 +71,9 @@ class CurricularFaceObjective(ClassHeadObjective):
     waivers: ClassVar[Mapping[str, str]] = {"gradcheck": "t and the survey's weights follow the batch without gradient"}
     convergence = Convergence(margin=0.12, job=SMALL_DATA)
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(AngularHyperparameters):
         """Arguments of :class:`armillary.losses.hard_classes.CurricularFace`."""
 
-        margin: float = Field(0.5, ge=0, le=pi / 2, description="additive margin in radians")
-        scale: float = Field(64.0, ge=0.01, le=MAX_SCALE, description="logit scale")
         momentum: float = Field(0.99, ge=0, le=1, description="alpha, share of the old t that is kept")
         formulation: Literal["paper", "survey"] = Field("paper", description="survey: sample weights on plain ArcFace")
 
@@ -96,11 +94,7 @@ class SubcenterArcFaceObjective(ClassHeadObjective):
     loss_class = SubcenterArcFace
     convergence = Convergence(margin=0.12, job=SMALL_DATA)
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(ArcFaceHyperparameters):
         """Arguments of :class:`armillary.losses.hard_classes.SubcenterArcFace`."""
 
-        margin: float = Field(0.5, ge=0, le=pi / 2, description="additive margin in radians")
-        scale: float = Field(64.0, ge=0.01, le=MAX_SCALE, description="logit scale")
         subcenters: int = Field(3, ge=1, le=16, description="K, rows a class")
-        easy_margin: bool = Field(False, description="margin only where the cosine is above 0, plain cosine elsewhere")
-        extension: bool = Field(True, description="the authors' falling branch beyond pi - margin")

@@ -12,8 +12,14 @@ from armillary import collectives, losses
 from armillary.components.bank import encode_all
 from armillary.components.clustering import kmeans
 from armillary.components.counter import key
-from armillary.losses.subclusters import SubclusterLoss, set_means, squared_distances
-from armillary.losses.tensors import check_labels
+from armillary.losses.subclusters import (
+    SubclusterLoss,
+    nearest_accuracy,
+    neighbor_accuracy,
+    set_means,
+    squared_distances,
+)
+from armillary.losses.tensors import check_labels, normalize, widen
 from armillary.objectives import base
 from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output, Samples
 from armillary.objectives.bases import ClassHeadObjective
@@ -33,6 +39,9 @@ class SetDDC(ClassHeadObjective):
 
     ``formulation: survey`` takes each set for its mean feature and sets triplets between sets:
     ``[|phi(S_a) - phi(S_p)|^2 - |phi(S_a) - phi(S_n)|^2 + margin]_+`` over the semi-hard ones, phi scaled to length 1.
+
+    The metric ``accuracy`` is of the batch's sets by their means: how many are nearest to a centre of their class; in
+    the survey's formulation, how many are nearest to another set of their class, by direction.
     """
 
     name = "set_ddc"
@@ -127,11 +136,14 @@ class SetDDC(ClassHeadObjective):
         embeddings = self.encoder(batch.views[0])
         if self.hyperparameters.formulation == "survey":
             means, labels = set_means(embeddings, batch.label, batch.fields["image_set"])
+            metrics["accuracy"] = neighbor_accuracy(normalize(widen(means)), labels)
             return Output(self.loss(means, labels, metrics=metrics), metrics)
         # Centres are buffers, which no engine shards, and rates of their own; this is what their gradient goes to.
         leaf = self.centers.detach().clone().requires_grad_(torch.is_grad_enabled())
         self._leaves.append(leaf)
         assigned = self._centers_of(embeddings.detach(), batch)
+        means, labels = set_means(widen(embeddings.detach()), batch.label, batch.fields["image_set"])
+        metrics["accuracy"] = nearest_accuracy(means, labels, self.centers, self.classes)
         return Output(self.loss(embeddings, assigned, leaf, self.classes, metrics=metrics), metrics)
 
     def _centers_of(self, embeddings: Tensor, batch: Batch) -> Tensor:

@@ -17,6 +17,20 @@ MAX_SCALE = 1000.0
 SMALL_DATA = {"objective.scale": 16, "objective.margin": 0.3}
 
 
+class AngularHyperparameters(base.Hyperparameters):
+    """What every additive angular margin has: its size and the logits' scale."""
+
+    margin: float = Field(0.5, ge=0, le=pi / 2, description="additive margin in radians")
+    scale: float = Field(64.0, ge=0.01, le=MAX_SCALE, description="logit scale")
+
+
+class ArcFaceHyperparameters(AngularHyperparameters):
+    """Arguments of :class:`armillary.losses.ArcFace`."""
+
+    easy_margin: bool = Field(False, description="margin only where the cosine is above 0, plain cosine elsewhere")
+    extension: bool = Field(True, description="the authors' falling branch beyond pi - margin")
+
+
 @register
 class Softmax(ClassHeadObjective):
     """Softmax cross-entropy over identities, with a linear head and a bias: the baseline."""
@@ -90,10 +104,4 @@ class ArcFace(ClassHeadObjective):
     loss_class = losses.ArcFace
     convergence = Convergence(margin=0.12, job=SMALL_DATA)
 
-    class Hyperparameters(base.Hyperparameters):
-        """Arguments of :class:`armillary.losses.ArcFace`."""
-
-        margin: float = Field(0.5, ge=0, le=pi / 2, description="additive margin in radians")
-        scale: float = Field(64.0, ge=0.01, le=MAX_SCALE, description="logit scale")
-        easy_margin: bool = Field(False, description="margin only where the cosine is above 0")
-        extension: bool = Field(True, description="the authors' falling branch beyond pi - margin")
+    Hyperparameters = ArcFaceHyperparameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -25,7 +26,7 @@ _PAIRS = Needs(
     components=("class_head",),
     batch_coupled=True,
 )
-_MAPS = Needs(recipe="faces", fields=("label",), components=("class_head",), encoder="maps")
+_MAPS = replace(_LABELS, encoder="maps")
 
 
 @register
@@ -180,15 +181,7 @@ class DeepID2Plus(ClassHeadObjective):
         "CVPR",
         "https://arxiv.org/abs/1412.1265",
     )
-    needs = Needs(
-        recipe="faces",
-        fields=("label",),
-        sampler="class_balanced",
-        samples_per_class=4,
-        components=("class_head",),
-        batch_coupled=True,
-        encoder="maps",
-    )
+    needs = replace(_PAIRS, encoder="maps")
 
     class Hyperparameters(VerificationHyperparameters):
         """The branches, and the pair term."""
