@@ -30,7 +30,7 @@ def labels() -> Tensor:
 
 
 def agree(ours: Any, other: Any, embeddings: Tensor, labels: Tensor) -> None:
-    """Equal values and gradients of the embeddings."""
+    """Equal values and gradients of the embeddings, and of class rows."""
     mine, yours = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
     ours(mine, labels).backward()
     other(yours, labels).backward()
@@ -38,6 +38,8 @@ def agree(ours: Any, other: Any, embeddings: Tensor, labels: Tensor) -> None:
     assert mine.grad.abs().max() > 1e-6
     torch.testing.assert_close(ours(mine, labels), other(yours, labels))
     torch.testing.assert_close(mine.grad, yours.grad, rtol=1e-6, atol=1e-8)
+    if isinstance(ours, losses.ClassHeadLoss):
+        torch.testing.assert_close(ours.weight.grad, other.W.grad.T, rtol=1e-6, atol=1e-8)
 
 
 def same_head(ours: losses.ClassHeadLoss, other: Any) -> None:

@@ -16,6 +16,7 @@ from armillary.objectives import base
 from armillary.objectives.base import Batch, BuildContext, Citation, Needs, Output
 from armillary.objectives.bases import ClassHeadObjective
 from armillary.objectives.registry import register
+from armillary.spec.errors import UserError
 
 _LABELS = Needs(recipe="faces", fields=("label",), components=("class_head",))
 _PAIRS = Needs(
@@ -168,7 +169,8 @@ class DeepID2Plus(ClassHeadObjective):
     """DeepID2+: identification and verification behind every stage of the network.
 
     ``L = sum_n (Ident(f_n) + lambda Verif(f_n; m_n))`` over branches ``f_n = FC_n(pooled stage n)``; the last branch is
-    the embedding itself and the only one that is kept. ``formulation: survey`` has softmax alone at the earlier stages.
+    the embedding itself and the only one that is kept. ``stages`` names those before the last that have a branch, all
+    by default. ``formulation: survey`` has softmax alone at the earlier stages.
     """
 
     name = "deepid2_plus"
@@ -187,15 +189,24 @@ class DeepID2Plus(ClassHeadObjective):
         """The branches, and the pair term."""
 
         stage_weight: float = Field(1.0, ge=0, le=10, description="weight of the earlier stages; 1 in the paper")
+        stages: tuple[int, ...] = Field((), description="earlier stages with a branch, counted from 1; none named: all")
         branch_dim: int = Field(512, ge=2, le=8192, description="width of the earlier stages' branches")
         formulation: Literal["paper", "survey"] = Field("paper", description="survey: earlier stages have no pairs")
 
     def build(self, context: BuildContext) -> None:
-        """Makes a branch, a classifier and a pair term for every stage."""
-        options = self.hyperparameters
-        early = cast(MapEncoder, self.encoder).stage_channels[:-1]
-        self.branches = nn.ModuleList(nn.Linear(channels, options.branch_dim) for channels in early)
-        widths = [*(options.branch_dim for _ in early), context.embedding_dim]
+        """Makes a branch, a classifier and a pair term for every chosen stage."""
+        options, channels = self.hyperparameters, cast(MapEncoder, self.encoder).stage_channels
+        self.last = len(channels)
+        wrong = [stage for stage in options.stages if not 1 <= stage < self.last]
+        if wrong or len(set(options.stages)) < len(options.stages):
+            raise UserError(
+                f"the backbone has no earlier stage {wrong[0]}" if wrong else "names a stage twice",
+                key="objective.stages",
+                allowed=f"1 to {self.last - 1}, each once" if self.last > 1 else "none, as it has one stage",
+            )
+        self.early = sorted(options.stages) or list(range(1, self.last))
+        self.branches = nn.ModuleList(nn.Linear(channels[stage - 1], options.branch_dim) for stage in self.early)
+        widths = [*(options.branch_dim for _ in self.early), context.embedding_dim]
         self.heads = nn.ModuleList(losses.Softmax(context.num_classes, width) for width in widths)
         self.pairs = nn.ModuleList(_verification(options) for _ in widths)
 
@@ -203,17 +214,18 @@ class DeepID2Plus(ClassHeadObjective):
         """The weighted sum over stages."""
         options, metrics = self.hyperparameters, dict[str, Tensor]()
         encoder = cast(MapEncoder, self.encoder)
-        stages = encoder.stages(batch.views[0])
-        features = [branch(stage.mean(dim=(2, 3))) for branch, stage in zip(self.branches, stages, strict=False)]
-        features.append(encoder.embed_map(stages[-1]))
+        maps = encoder.stages(batch.views[0])
+        chosen = [maps[stage - 1].mean(dim=(2, 3)) for stage in self.early]
+        features = [branch(pooled) for branch, pooled in zip(self.branches, chosen, strict=True)]
+        features.append(encoder.embed_map(maps[-1]))
         total = features[-1].new_zeros(())
-        for number, (feature, head, pairs) in enumerate(zip(features, self.heads, self.pairs, strict=True)):
-            last = number == len(features) - 1
+        parts = zip([*self.early, self.last], features, self.heads, self.pairs, strict=True)
+        for stage, feature, head, pairs in parts:
             loss = head(feature, batch.label, metrics=metrics)
-            if last or options.formulation == "paper":
+            if stage == self.last or options.formulation == "paper":
                 loss = loss + options.weight * pairs(feature, batch.label)
-            metrics[f"stage{number + 1}_loss"] = loss.detach()
-            total = total + (1.0 if last else options.stage_weight) * loss
+            metrics[f"stage{stage}_loss"] = loss.detach()
+            total = total + (1.0 if stage == self.last else options.stage_weight) * loss
         return Output(total, metrics)
 
 

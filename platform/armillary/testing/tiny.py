@@ -72,7 +72,7 @@ class TinyEncoder(nn.Module):
     """
 
     any_size = True
-    stage_channels = (6, 12)
+    stage_channels: tuple[int, ...] = (6, 12)
 
     def __init__(self) -> None:
         super().__init__()
