@@ -90,7 +90,8 @@ def magface(x: Tensor, weight: Tensor, label: int) -> Tensor:
     a, cosine = x.norm().clamp(1, 4), cosines(x, weight)
     margin = 0.1 + 0.4 * (a - 1) / 3
     target = arc(cosine[label], margin, easy=True)
-    return entropy(S * with_target(cosine, label, target), label) + (a.reciprocal() + a / 16) * 2.0
+    length: Tensor = 2 * (1 / a + a / 16)
+    return entropy(S * with_target(cosine, label, target), label) + length
 
 
 def subcenter(x: Tensor, weight: Tensor, label: int) -> Tensor:
@@ -110,6 +111,11 @@ def probability(x: Tensor, weight: Tensor, label: int) -> Tensor:
     cosine = cosines(x, weight)
     margin = 0.5 * math.exp(-2 * float(torch.softmax(S * cosine.detach(), 0)[label]))
     return entropy(S * with_target(cosine, label, arc(cosine[label], margin)), label)
+
+
+def combined(x: Tensor, weight: Tensor, label: int) -> Tensor:
+    cosine = cosines(x, weight)
+    return entropy(S * with_target(cosine, label, torch.cos(0.9 * cosine[label].acos() + 0.4) - 0.15), label)
 
 
 Sample = Callable[[Tensor, Tensor, int], Tensor]
@@ -137,6 +143,7 @@ SAMPLES: list[tuple[type[losses.ClassHeadLoss], dict[str, Any], Sample]] = [
         {"scale": S, "norm_low": 1, "norm_high": 4, "margin_low": 0.1, "margin_high": 0.5, "regularizer": 2.0},
         magface,
     ),
+    (losses.CombinedMargin, {"multiplier": 0.9, "margin": 0.4, "offset": 0.15, "scale": S}, combined),
     (losses.P2SGrad, {}, p2sgrad),
     (losses.L2Softmax, {"radius": 5.0}, l2_softmax),
     (losses.ProbabilityArcFace, {"scale": S, "decay": 2.0}, probability),

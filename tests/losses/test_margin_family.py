@@ -13,7 +13,7 @@ from armillary import losses
 from armillary.losses.adaptive_scale import AdaCos, L2Softmax, P2SGrad, SigmoidWeightedArcFace, lowest_radius
 from armillary.losses.class_centers import CenterLoss, PairVerification, RingLoss
 from armillary.losses.hard_classes import CurricularFace, DirectedArcFace, MVSoftmax, SubcenterArcFace
-from armillary.losses.margin_softmax import ArcFace, CosFace, NormFace, Softmax
+from armillary.losses.margin_softmax import ArcFace, CombinedMargin, CosFace, NormFace, Softmax, lowest_scale
 from armillary.losses.multiplied_angles import LSoftmax, SphereFace, psi
 
 FEATURES = torch.tensor([[3.0, 4.0], [-1.0, 2.0]], dtype=torch.float64)
@@ -81,6 +81,7 @@ def test_worked_means_on_features(cls: Any, options: dict[str, Any], expected: f
         (CurricularFace, {"scale": 8.0}, 1.4739634),
         (CurricularFace, {"scale": 8.0, "momentum": 1.0}, 1.46544829),
         (P2SGrad, {}, 0.18375),
+        (CombinedMargin, {}, 17.24076338),
     ],
 )
 def test_worked_means_on_cosines(cls: Any, options: dict[str, Any], expected: float) -> None:
@@ -136,6 +137,9 @@ def test_limits_are_the_plainer_losses() -> None:
         (MVSoftmax, {"emphasis": 0.0, "easy_margin": False, "scale": 64.0}, CosFace, {}),
         (MVSoftmax, {"emphasis": 0.0, "easy_margin": False, "base": "arc", "margin": 0.5, "scale": 64.0},
          ArcFace, {"extension": False}),
+        (CombinedMargin, {"offset": 0.0, "margin": 0.5}, ArcFace, {"extension": False}),
+        (CombinedMargin, {"offset": 0.35, "margin": 0.0}, CosFace, {}),
+        (CombinedMargin, {"multiplier": 1 + 1e-12}, CombinedMargin, {}),
         (AdaCos, {"mode": "fixed"}, NormFace, {"scale": math.sqrt(2) * math.log(2), "learn_scale": False}),
     ):  # fmt: skip
         loss, features = on_cosines(cls, COSINES, **options)
@@ -177,6 +181,15 @@ def test_adacos_scales() -> None:
     assert float(value) == pytest.approx(0.79307162, abs=1e-7)
     fixed, _ = on_cosines(AdaCos, three, mode="fixed")
     assert float(fixed(features, torch.tensor([0, 1, 2]))) == pytest.approx(0.84330925, abs=1e-7)
+
+
+def test_the_scale_that_a_probability_takes() -> None:
+    assert [lowest_scale(classes, 0.9) for classes in (10575, 85742)] == pytest.approx([11.46229401, 13.55615287])
+    # At that scale a sample on its row, all rows as far apart as they can be, has it.
+    simplex = torch.nn.functional.normalize(torch.eye(10, dtype=torch.float64) - 0.1)
+    loss = NormFace(10, 10, scale=lowest_scale(10, 0.9), learn_scale=False).double()
+    loss.weight.data.copy_(simplex)
+    assert math.exp(-float(loss(simplex, torch.arange(10)))) == pytest.approx(0.9)
 
 
 def test_l2_softmax_bounds_and_radius() -> None:

@@ -38,7 +38,7 @@ from armillary.losses.k_positives import KPositives
 from armillary.losses.key_contrast import BatchKeyContrast, KeyContrast, QueuedNTXent
 from armillary.losses.lifted import LiftedStructure
 from armillary.losses.logistic_pairs import LogisticPairs
-from armillary.losses.margin_softmax import ArcFace, CosFace, NormFace, Softmax
+from armillary.losses.margin_softmax import ArcFace, CombinedMargin, CosFace, NormFace, Softmax
 from armillary.losses.masked import MaskedPatches
 from armillary.losses.multi_similarity import MultiSimilarity
 from armillary.losses.multiplied_angles import LSoftmax, SphereFace
@@ -91,6 +91,7 @@ __all__ = [
     "ClassHeadLoss",
     "ClassMargins",
     "CodingRate",
+    "CombinedMargin",
     "ConceptContrast",
     "ConditionalContrastive",
     "Contrastive",

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from armillary.losses.class_chunks import Rows
 from armillary.losses.class_head import ClassHeadLoss, Columns, Samples
+from armillary.losses.margin_softmax import ANGLE_EPS
 from armillary.losses.tensors import check_choice
-
-# Cosines this near to +-1 have no angle in float32.
-ANGLE_EPS = 1e-6
 
 
 def psi(cosine: Tensor, m: float) -> Tensor:

@@ -100,13 +100,17 @@ class ObjectiveSuite:
                 assert {"maximum", "exclusiveMaximum"} & set(entry), f"{key} has no upper bound"
 
     def test_search_space(self, objective_class: type[Objective]) -> None:
-        """Its search space exists and stays inside the legal ranges."""
-        space = load_space(objective_class.name)
+        """Its search space exists, stays inside the legal ranges and holds the defaults."""
+        space, fields = load_space(objective_class.name), objective_class.Hyperparameters.model_fields
         for key, searched in space.items():
             section, _, option = key.partition(".")
             if section == "objective":
                 for end in searched.ends():
                     hyperparameters(objective_class.name, {option: end})
+                default = fields[option].get_default(call_default_factory=True)
+                low, high = searched.low, searched.high
+                between = low is not None and high is not None and low <= default <= high
+                assert between or default in searched.ends(), f"{key}: the default, {default}, is not searched"
 
     def test_hyperparameters_round_trip(self, case: Case) -> None:
         """Through JSON and back nothing changes, and nothing can be changed in place."""
