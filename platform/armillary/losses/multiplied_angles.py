@@ -157,7 +157,8 @@ class SphereFace(_AnnealedMargin):
 
     The gradient is the exact one; the authors' code rescales that of the target. With ``normalized`` the scale s takes
     the place of |x_i|, as later work does with m of 1.5 to 1.7. ``formulation: survey`` is ``f_y = s cos(m theta)``,
-    whose logit rises again beyond pi / m, without annealing.
+    whose logit rises again beyond pi / m, without annealing. At right angles, where untrained features are, it is
+    largest with m = 4 and has no slope with any even m, so that nothing is learned; m = 1.5 trains.
 
     Args:
         num_classes: C.

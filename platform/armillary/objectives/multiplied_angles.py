@@ -62,7 +62,11 @@ class LSoftmaxObjective(AnnealedObjective):
 
 @register
 class SphereFaceObjective(AnnealedObjective):
-    """SphereFace: unit class rows, the angle to the own class multiplied, the feature's length as the scale."""
+    """SphereFace: unit class rows, the angle to the own class multiplied, the feature's length as the scale.
+
+    ``formulation: survey``, whose logit rises again beyond pi / m, wants a ``margin`` below 2, e.g. 1.5: with 4 it is
+    largest at right angles, where untrained features are, and nothing is learned.
+    """
 
     name = "sphereface"
     catalog_id = "sphereface"
