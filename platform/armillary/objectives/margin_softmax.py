@@ -44,7 +44,10 @@ class Softmax(ClassHeadObjective):
 
 @register
 class NormFace(ClassHeadObjective):
-    """NormFace: softmax over cosines, with a learned scale and no margin."""
+    """NormFace: softmax over cosines, with a learned scale and no margin.
+
+    :class:`armillary.losses.NormFace`. The survey's fixed scale is ``learn_scale: false, scale: 64``.
+    """
 
     name = "normface"
     catalog_id = "normface"

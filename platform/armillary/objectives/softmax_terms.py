@@ -32,7 +32,11 @@ _MAPS = replace(_LABELS, encoder="maps")
 
 @register
 class CenterLossObjective(ClassHeadObjective):
-    """Center loss: softmax, and the squared distance to a moving centre of the own class."""
+    """Center loss: softmax, and the squared distance to a moving centre of the own class.
+
+    ``L = L_softmax + lambda / 2 mean_i |x_i - c_{y_i}|^2``: :class:`armillary.losses.CenterLoss`. The survey prints the
+    second term alone, without lambda or a rule that moves the centres: nothing to choose.
+    """
 
     name = "center_loss"
     family = "softmax"
@@ -72,7 +76,11 @@ class CenterLossObjective(ClassHeadObjective):
 
 @register
 class RingLossObjective(ClassHeadObjective):
-    """Ring loss: softmax on raw features whose lengths are drawn to one learned radius."""
+    """Ring loss: softmax on raw features whose lengths are drawn to one learned radius.
+
+    ``L = L_primary + lambda / 2 mean_i (|x_i| - R)^2``: :class:`armillary.losses.RingLoss`. The survey puts it on
+    ArcFace, behind the scaling to unit length, where the term has no gradient: a slip, not offered.
+    """
 
     name = "ring_loss"
     family = "softmax"
