@@ -133,6 +133,21 @@ def test_sinkhorn_in_float32_at_its_worst() -> None:
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(3))
 
 
+@pytest.mark.parametrize("epsilon", [0.05, 0.03, 0.005])
+def test_sinkhorn_by_exponentials_and_by_logarithms(epsilon: float) -> None:
+    """float32 turns to logarithms where float64 still takes exponentials: beyond 43 of score range over epsilon."""
+    scores = torch.rand(40, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+    scores[:, 3] -= 30
+    wide = sinkhorn(scores, epsilon, 5)
+    torch.testing.assert_close(sinkhorn(scores.float(), epsilon, 5), wide.float(), rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(wide.sum(dim=1), torch.ones(40, dtype=torch.float64))
+    infinite = scores.clone()
+    infinite[2, 1] = -torch.inf
+    shares = sinkhorn(infinite, epsilon, 5)
+    assert shares.isfinite().all()
+    assert float(shares[2, 1]) == 0
+
+
 def spread_out(scores: Tensor, shared: Tensor) -> Tensor:
     """Two workers with 1 and 3 samples."""
     bounds = {1: [slice(0, 4)], 2: [slice(0, 1), slice(1, 4)]}[collectives.world_size()]

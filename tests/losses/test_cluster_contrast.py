@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,10 @@ from armillary.losses.cluster_contrast import (
 from armillary.losses.key_contrast import KeyContrast
 from armillary.losses.tensors import normalize
 from armillary.objectives.expert_mixture import separated_directions
+from armillary.objectives.prototypical import cluster_counts
+from armillary.objectives.registry import get
+from armillary.spec.errors import UserError
+from armillary.testing.steps import Case
 
 
 def rows(values: list[list[float]]) -> Tensor:
@@ -152,3 +158,37 @@ class TestMixture:
         expected = torch.full((count, count), -1 / (count - 1)).fill_diagonal_(1)
         torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
         assert separated_directions(9, 3).norm(dim=1).tolist() == pytest.approx([1.0] * 9)
+
+
+def test_experts_remember_the_winners_of_every_micro_batch() -> None:
+    """Two halves of a batch before one optimizer step count as the whole batch does."""
+    case = Case(get("mice"), {"experts": 3, "projection_dim": 4})
+    batch = case.batch()
+    won = []
+    for parts in ([batch], [batch.rows(slice(0, 6)), batch.rows(slice(6, 12))]):
+        objective: Any = case.build(dtype=torch.float64).eval()
+        for part in parts:
+            objective(replace(part, views=tuple(view.double() for view in part.views)))
+        objective.after_step(0)
+        won.append(objective.centres.wins.clone())
+    torch.testing.assert_close(won[0], won[1])
+    assert float(won[0].norm()) > 0
+
+
+class TestClusterCounts:
+    """How many clusters PCL and HCSC make of a training set."""
+
+    PAPER = (25_000, 50_000, 100_000)
+
+    def test_the_papers_on_imagenet(self) -> None:
+        assert cluster_counts(None, self.PAPER, 1_281_167) == self.PAPER
+
+    def test_fewer_on_fewer_images(self) -> None:
+        """Digits: the finest has a dozen images a cluster, the others keep their ratios."""
+        assert cluster_counts(None, self.PAPER, 1437) == (28, 56, 112)
+        assert cluster_counts(None, (3000, 2000, 1000), 10) == (2, 2, 2)
+
+    def test_every_image_its_own_cluster_is_refused(self) -> None:
+        assert cluster_counts((9, 3), self.PAPER, 10) == (9, 3)
+        with pytest.raises(UserError, match="found 10 clusters for 10 training samples"):
+            cluster_counts((10, 3), self.PAPER, 10)

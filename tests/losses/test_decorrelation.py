@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from armillary import collectives
 from armillary.losses.decorrelation import AlignWithBase, BarlowTwins, VICReg
 from armillary.testing.gloo_pool import shared_pool
 
@@ -117,6 +118,51 @@ def test_what_changes_nothing(loss: torch.nn.Module) -> None:
     torch.testing.assert_close(loss(view1 + 3, view2 + 3), value)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(loss(view1[:, order], view2[:, order]), value)
+
+
+def test_more_channels_than_samples() -> None:
+    """Sums over channels are then taken over samples; the equations by loops say the same."""
+    view1, view2 = noise(4, 9)
+    assert float(VICReg(variant="paper")(view1, view2)) == pytest.approx(vicreg_slow(view1, view2), rel=1e-12)
+    left, right = ((view - view.mean(0)) / view.std(0, correction=0) for view in (view1, view2))
+    correlation = left.T @ right / 4
+    target = torch.eye(9, dtype=torch.float64)
+    weights = target + 0.005 * (1 - target)
+    expected = float((weights * (correlation - target).square()).sum())
+    assert float(BarlowTwins(eps=0)(view1, view2)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [VICReg(), BarlowTwins()], ids=["vicreg", "barlow"])
+def test_wide_gradients(loss: torch.nn.Module) -> None:
+    def apart(view1: Tensor, view2: Tensor) -> Tensor:
+        value: Tensor = loss(view1, view2)
+        return value
+
+    view1, view2 = noise(4, 9)
+    assert torch.autograd.gradcheck(apart, (view1.requires_grad_(), view2.requires_grad_()))
+
+
+def step_of_part(name: str) -> tuple[float, Tensor]:
+    """The loss and the gradient of this worker's part of 8 samples with 33 channels."""
+    loss = {"vicreg": VICReg, "barlow": BarlowTwins}[name]()
+    share = 8 // collectives.world_size()
+    mine = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
+    view1, view2 = (view[mine].clone().requires_grad_() for view in noise(8, 33))
+    value = loss(view1, view2)
+    value.backward()
+    assert view1.grad is not None
+    # Averaged over workers, as an engine does.
+    return float(value.detach()), view1.grad / collectives.world_size()
+
+
+@pytest.mark.xdist_group("gloo")
+@pytest.mark.parametrize("name", ["vicreg", "barlow"])
+def test_wide_views_over_two_workers(name: str) -> None:
+    (first, upper), (second, lower) = shared_pool().run(step_of_part, name)
+    value, gradient = step_of_part(name)
+    assert first == pytest.approx(value, rel=1e-12)
+    assert second == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(torch.cat([upper, lower]), gradient)
 
 
 def test_barlow_forgets_the_scale_of_channels() -> None:

@@ -248,6 +248,12 @@ def test_koleo_worked_numbers() -> None:
     assert first_gradient(loss, rows) == exactly([0.03219176, 0.09830776, 0.33957811])
 
 
+def test_koleo_of_more_rows_than_a_block() -> None:
+    rows = torch.nn.functional.normalize(noise(700, 3))
+    away = torch.cdist(rows, rows).fill_diagonal_(math.inf).amin(dim=1)
+    assert float(KoLeo(eps=0)(rows)) == pytest.approx(-float(away.log().mean()), rel=1e-9)
+
+
 def test_koleo_is_its_equation() -> None:
     rows = noise(9, 4)
     assert float(KoLeo(eps=0)(rows)) == pytest.approx(koleo_slow(rows.tolist()), rel=1e-12)

@@ -6,6 +6,8 @@ sum over all workers' samples, so that each worker returns the loss of the whole
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -36,17 +38,32 @@ class _TwoViews(nn.Module):
         """``sum_b left_bi right_bj``, ``(dim, dim)``."""
         return self.total(left.T @ right)
 
+    def moments(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The diagonal ``(dim,)`` of M = :meth:`second_moment`, and the sum of the squares beside it, a scalar.
+
+        Where M is as wide as twice the samples or more, it is never made: ``|X^T Y|^2 = sum (X X^T) * (Y Y^T)``, whose
+        matrices are as wide as the samples are many. As M then has a rank of at most half its width, the diagonal can
+        not be most of those squares, and taking it off does not cancel.
+        """
+        if 2 * self.batch_size(left) <= left.shape[1]:
+            diagonal = self.total((left * right).sum(0))
+            lefts, rights = (self.rows(view) for view in (left, right))
+            squares = self.total(((left @ lefts.T) * (right @ rights.T)).sum())
+            return diagonal, squares - diagonal.square().sum()
+        moment = self.second_moment(left, right)
+        # In a copy, so that the matrix itself may be kept for the gradient.
+        return moment.diagonal(), moment.clone().fill_diagonal_(0).square().sum()
+
+    def rows(self, local: Tensor) -> Tensor:
+        """The samples of all workers, with gradient."""
+        return collectives.all_gather(local) if self.gather else local
+
     @staticmethod
     def check(view1: Tensor, view2: Tensor) -> None:
         """Refuses views of different shape."""
         check_embeddings(view1)
         if view1.shape != view2.shape:
             raise ValueError(f"the views differ in shape: {tuple(view1.shape)} and {tuple(view2.shape)}")
-
-
-def off_diagonal(matrix: Tensor) -> Tensor:
-    """A square matrix with zeros on its diagonal."""
-    return matrix - torch.diag(matrix.diagonal())
 
 
 class VICReg(_TwoViews):
@@ -103,11 +120,10 @@ class VICReg(_TwoViews):
         return self.invariance * s + self.variance * v + self.covariance * c
 
     def _variance_covariance(self, view: Tensor) -> tuple[Tensor, Tensor]:
-        centred = self.centred(view)
         # One sample has no variance: n - 1 would divide by zero.
-        covariance = self.second_moment(centred, centred) / max(self.batch_size(view) - 1, 1)
-        deviation = (covariance.diagonal() + self.eps).sqrt()
-        return torch.relu(self.gamma - deviation).mean(), off_diagonal(covariance).square().sum() / view.shape[1]
+        centred = self.centred(view) / math.sqrt(max(self.batch_size(view) - 1, 1))
+        variances, squares = self.moments(centred, centred)
+        return torch.relu(self.gamma - (variances + self.eps).sqrt()).mean(), squares / view.shape[1]
 
 
 class BarlowTwins(_TwoViews):
@@ -135,9 +151,8 @@ class BarlowTwins(_TwoViews):
         n = self.batch_size(view1)
         left, right = self.centred(view1), self.centred(view2)
         roots = [(self.total(view.square().sum(0)) / n + self.eps).sqrt() for view in (left, right)]
-        # Divided before the product, where there are n rows and not as many as channels.
-        correlation = self.second_moment(left / (n * roots[0]), right / roots[1])
-        on, off = (1 - correlation.diagonal()).square().sum(), off_diagonal(correlation).square().sum()
+        correlations, off = self.moments(left / (n * roots[0]), right / roots[1])
+        on = (1 - correlations).square().sum()
         if metrics is not None:
             metrics.update(on_diagonal=on.detach(), off_diagonal=off.detach())
         return self.scale * (on + self.redundancy * off)

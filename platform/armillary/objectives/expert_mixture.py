@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from armillary import collectives
 from armillary.components.heads import Projector
+from armillary.components.held import Held
 from armillary.components.queue import Queue
 from armillary.components.schedules import Schedule
 from armillary.components.teacher import Teacher
@@ -125,7 +126,7 @@ class MiCE(Objective):
         self.queue = Queue(options.queue_size, (count, dim))
         self.centres = ExpertCentres(count, dim)
         self.register_buffer("directions", separated_directions(count, dim))
-        self._won: tuple[Tensor, Tensor] | None = None
+        self._won = Held()
 
     def before_epoch(self, epoch: int, samples: Samples) -> None:
         """Puts every centre where the keys lie that its expert won."""
@@ -147,7 +148,8 @@ class MiCE(Objective):
         gates = logits.log_softmax(dim=1)
         winner = (gates + likelihoods).detach().argmax(dim=1)
         self.queue.hold(self.step, keys)
-        self._won = (winner, keys.detach().gather(1, winner[:, None, None].expand(-1, 1, shape[2])).squeeze(1))
+        won = keys.gather(1, winner[:, None, None].expand(-1, 1, shape[2])).squeeze(1)
+        self._won.add(self.step, winner=winner, keys=won)
         posterior = (gates + likelihoods).detach().softmax(dim=1)
         return Output(mixture_loss(gates, likelihoods), {"posterior_confidence": posterior.amax(dim=1).mean()})
 
@@ -155,6 +157,6 @@ class MiCE(Objective):
         """Moves the teacher, fills the queue, remembers who won what."""
         self.teacher.update(self, step)
         self.queue.write()
-        if self._won is not None:
-            self.centres.count(*self._won)
-            self._won = None
+        won = self._won.take()
+        if won:
+            self.centres.count(won["winner"], won["keys"])

@@ -19,6 +19,7 @@ from armillary.losses.tensors import normalize, widen
 from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output, Samples
 from armillary.objectives.queue_contrastive import MomentumQueueObjective, QueueHyperparameters
 from armillary.objectives.registry import register
+from armillary.spec.errors import UserError
 
 _KMEANS, _SUBSET, _INSTANCES, _PROTOTYPES = 71, 72, 73, 74
 _NEEDS = Needs(views=2, recipe="moco_v1", components=("projector", "teacher", "queue", "clusters"))
@@ -31,6 +32,27 @@ _SMALL: dict[str, Any] = {
     "objective.warmup_epochs": 3,
 }
 ClusterCounts = tuple[Annotated[int, Field(ge=2, le=10_000_000)], ...]
+# Images a cluster at the finest of PCL's paper: 1,281,167 over 100,000.
+_IMAGES_PER_CLUSTER = 12.8
+
+
+def cluster_counts(wanted: ClusterCounts | None, default: ClusterCounts, samples: int) -> ClusterCounts:
+    """Sizes of the clusterings of so many samples.
+
+    The defaults are the papers', for 1.28 million images; on a smaller set all are smaller by one factor, so that the
+    finest has as many images a cluster as PCL's paper, 12.8.
+
+    Raises:
+        UserError: as many clusters as samples are wanted, or more, where every sample would be its own.
+    """
+    if wanted is None:
+        factor = min(1.0, samples / _IMAGES_PER_CLUSTER / max(default))
+        return tuple(max(2, round(size * factor)) for size in default)
+    if max(wanted) >= samples:
+        raise UserError(
+            f"found {max(wanted)} clusters for {samples} training samples", key="objective.clusters", allowed="fewer"
+        )
+    return wanted
 
 
 class PrototypicalHyperparameters(QueueHyperparameters):
@@ -126,11 +148,11 @@ class PCL(PrototypicalObjective):
     class Hyperparameters(PrototypicalHyperparameters):
         """Clusterings, queue, momentum, projector."""
 
-        clusters: ClusterCounts = Field(
-            (25_000, 50_000, 100_000),
+        clusters: ClusterCounts | None = Field(
+            None,
             min_length=1,
             max_length=8,
-            description="sizes of the M clusterings, cut to data",
+            description="sizes of the M clusterings; null: 25,000, 50,000, 100,000, fewer below 1.28 M images",
         )
         negative_prototypes: int = Field(16384, ge=1, le=1_000_000, description="r, centroids in the denominator")
 
@@ -138,8 +160,8 @@ class PCL(PrototypicalObjective):
         """One of each size."""
         options = self.hyperparameters
         return [
-            ClusterLevel(min(size, context.num_samples), options.projection_dim, context.dataset_size)
-            for size in options.clusters
+            ClusterLevel(size, options.projection_dim, context.dataset_size)
+            for size in cluster_counts(options.clusters, (25_000, 50_000, 100_000), context.num_samples)
         ]
 
     def cluster(self, features: Tensor, places: Tensor, seed: int) -> None:
@@ -195,8 +217,11 @@ class HCSC(PrototypicalObjective):
     class Hyperparameters(PrototypicalHyperparameters):
         """The hierarchy, what is selected, queue, momentum, projector."""
 
-        clusters: ClusterCounts = Field(
-            (3000, 2000, 1000), min_length=1, max_length=8, description="clusters of each level, finest first"
+        clusters: ClusterCounts | None = Field(
+            None,
+            min_length=1,
+            max_length=8,
+            description="clusters of each level, finest first; null: 3000, 2000, 1000, fewer below 38 k images",
         )
         instance_selection: bool = Field(True, description="draw the negatives of the queue")
         prototype_selection: bool = Field(True, description="draw the prototypes of the lower levels")
@@ -204,8 +229,8 @@ class HCSC(PrototypicalObjective):
     def make_levels(self, context: BuildContext) -> Sequence[ClusterLevel]:
         """Each level's members are the clusters of the one below, the lowest one's the samples."""
         options, members, levels = self.hyperparameters, context.dataset_size, []
-        for size in options.clusters:
-            count = min(size, context.num_samples, members)
+        for size in cluster_counts(options.clusters, (3000, 2000, 1000), context.num_samples):
+            count = min(size, members)
             levels.append(ClusterLevel(count, options.projection_dim, members))
             members = count
         return levels
