@@ -247,7 +247,6 @@ def test_graphcl_takes_the_graph_of_its_neighbourhoods(tmp_path: Path) -> None:
     ],
 )
 def test_edge_lists_that_do_not_fit(text: str, by: str, complaint: str, tmp_path: Path) -> None:
-    import_dataset("digits")
     (tmp_path / "edges.csv").write_text(text)
     with pytest.raises(UserError, match=complaint):
         relate("digits", tmp_path / "edges.csv", "related", by=by)

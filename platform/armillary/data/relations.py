@@ -18,7 +18,7 @@ from armillary.data.importers.graph_sets import graph_table
 from armillary.data.importers.options import EdgesOptions
 from armillary.data.importers.source import Source
 from armillary.data.splits import PreparedData
-from armillary.data.store import Dataset, dataset_exists, open_dataset, write_dataset
+from armillary.data.store import Dataset, dataset_exists, write_dataset
 from armillary.spec.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def relate(
     """
     if by not in ("class", "sample"):
         raise UserError(f"--by is {by!r}", allowed="class, sample")
-    dataset = open_dataset(name)
+    dataset = ensure_dataset(name)
     if dataset_exists(new):
         raise UserError(f"dataset {new!r} exists already", hint="delete it or use another --name")
     source = Source(edges, "edges")
