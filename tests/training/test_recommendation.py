@@ -1,4 +1,4 @@
-"""SimGCL on the embedded dataset: resumed to the bit, judged again, started from, refused."""
+"""SimGCL on the embedded dataset: better than plain BPR, resumed to the bit, judged again, started from, refused."""
 
 from __future__ import annotations
 
@@ -21,11 +21,27 @@ from armillary.training.preflight import Plan, plan
 from armillary.training.rundir import RunDirectory, RunRecord
 
 METRIC = "recommendation/ndcg_at_20"
+# At 8 epochs the contrast gained 0.067 on both seeds, at 20 epochs 0.052: BPR alone learns the same more slowly.
+MARGIN = 0.04
 
 
 def recommend(**changes: Any) -> TrainJob:
     changed = {key.replace("__", "."): value for key, value in changes.items()}
     return apply_overrides(convergence.preset_job(registry.get("simgcl")), changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_contrast_helps_on_held_out_items(seed: int) -> None:
+    """With its contrast and without, which is LightGCN trained by BPR; the weight was chosen on another fold."""
+    found = {}
+    for lam in (0.01, 0.0):
+        ready = plan(recommend(objective__lam=lam, seed=seed, train__epochs=8))
+        torch.manual_seed(seed)
+        objective = ready.build()
+        convergence.fit(objective, ready)
+        found[lam] = convergence.judge(objective, ready)
+    assert found[0.01] > found[0.0] + MARGIN, found
 
 
 def trained(ready: Plan, objective: Objective, epochs: range, state: dict[str, Any] | None = None) -> dict[str, Any]:
