@@ -41,6 +41,9 @@ class Band:
     runs: int
 
 
+_GRID = {"showgrid": True, "zeroline": False, "gridcolor": "rgba(128,128,128,0.25)", "automargin": True}
+
+
 @dataclass(frozen=True)
 class Axes:
     """What the axes say."""
@@ -151,8 +154,14 @@ def box_figure(values: Mapping[str, Sequence[float]], *, y: str) -> Figure:
 
     if not values:
         raise ValueError("there is no box to draw")
-    boxes = [go.Box(y=list(found), name=name, boxpoints="all") for name, found in values.items()]
-    return go.Figure(boxes, layout={"title": {"text": y}, "yaxis": {"title": {"text": y}}, "showlegend": False})
+    boxes = [
+        go.Box(y=list(found), name=name, boxpoints="all", marker={"color": _style(index)[0]})
+        for index, (name, found) in enumerate(values.items())
+    ]
+    figure = go.Figure(boxes)
+    figure.update_layout(template="none", showlegend=False, margin={"l": 64, "r": 16, "t": 24, "b": 48}, height=440)
+    figure.update_yaxes(title=y, **_GRID)
+    return figure
 
 
 def point_figure(points: Mapping[str, tuple[float, float]], *, x: str, y: str) -> Figure:
@@ -242,11 +251,10 @@ def _figure(bands: Sequence[Band], axes: Axes) -> Figure:
         margin={"l": 64, "r": 16, "t": 48, "b": 48},
         height=480,
     )
-    grid = {"showgrid": True, "zeroline": False, "gridcolor": "rgba(128,128,128,0.25)", "automargin": True}
-    figure.update_xaxes(title=axes.x, **grid)
+    figure.update_xaxes(title=axes.x, **_GRID)
     if axes.log_x:
         figure.update_xaxes(type="log", exponentformat="power", dtick=1)
-    figure.update_yaxes(title=axes.y, range=_range(bands, axes), **grid)
+    figure.update_yaxes(title=axes.y, range=_range(bands, axes), **_GRID)
     return figure
 
 
