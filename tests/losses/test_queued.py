@@ -120,7 +120,10 @@ def test_queued_centers_is_its_equation() -> None:
     with torch.no_grad():
         loss.weight.copy_(WEIGHT)
     centers, kinds = table([[1, 1], [0, 1], [2, -1]]), torch.tensor([0, 1, -1])
-    found = float(loss(FEATURES, LABELS, centers=centers, center_labels=kinds).detach())
+    metrics: dict[str, Tensor] = {}
+    found = float(loss(FEATURES, LABELS, centers=centers, center_labels=kinds, metrics=metrics).detach())
+    # (3, 4) is nearer to the queued (0, 1) than to its row (1, 0); (-1, 2) is nearest to its own row.
+    assert float(metrics["accuracy"]) == 0.5
     total = 0.0
     for x, label in zip(FEATURES.tolist(), LABELS.tolist(), strict=True):
         own = cosine(x, WEIGHT[label].tolist())

@@ -178,9 +178,8 @@ class QueuedCenters(ClassHeadLoss):
         cosine = normalize(samples.embeddings) @ normalize(centers.to(own.dtype)).T
         cosine = cosine.masked_fill(center_labels == samples.labels, -math.inf)
         others = (self.scale * cosine).logsumexp(dim=1, keepdim=True)
-        best, place = cosine.detach().max(dim=1, keepdim=True)
         losses = torch.logaddexp(torch.zeros_like(others), others - self.scale * own)
-        return HeadTerms(losses, own.detach(), torch.where(best > own, center_labels[place], samples.labels))
+        return HeadTerms(losses, own.detach(), cosine.detach().amax(dim=1, keepdim=True) <= own.detach())
 
 
 class QGFace(AdaFace):

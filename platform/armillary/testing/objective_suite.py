@@ -126,7 +126,7 @@ class ObjectiveSuite:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
     def test_finite_scalar(self, case: Case, dtype: torch.dtype) -> None:
-        """A finite scalar of the input's type, metrics that are finite, detached scalars."""
+        """A finite scalar of the input's type, metrics that are finite, detached scalars; an accuracy is a share."""
         output = case.build(dtype=dtype)(case.batch(dtype=dtype))
         assert output.loss.shape == ()
         assert output.loss.dtype == dtype
@@ -137,6 +137,8 @@ class ObjectiveSuite:
             assert value.shape == (), name
             assert not value.requires_grad, name
             assert torch.isfinite(value), name
+            if "accuracy" in name or name.endswith("_share"):
+                assert 0 <= value <= 1, name
 
     def test_autocast(self, case: Case) -> None:
         """Under bfloat16 autocast the loss is float32 and close to float32's; the encoder here computes nothing."""
