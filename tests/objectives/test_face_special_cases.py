@@ -70,6 +70,14 @@ def test_tcn_freezes_its_high_branch_when_the_first_stage_ends() -> None:
         torch.testing.assert_close(value, frozen[name])  # its batch norm saw a batch, and kept its statistics
 
 
+@pytest.mark.parametrize(("cls", "attribute"), [(TransferableCoupledNetwork, "switch"), (SuperIdentity, "joint_from")])
+def test_stages_end_within_an_epoch(cls: type[Objective], attribute: str) -> None:
+    """0.3 of four epochs of five steps are six steps, not a whole number of epochs: a run of one epoch has both."""
+    options = {"formulation": "reconstruction"} if cls is TransferableCoupledNetwork else {}
+    objective, _ = made(cls, pretrain=0.3, **options)
+    assert getattr(objective, attribute) == 6
+
+
 def gradients(objective: Objective, loss: Tensor, part: str) -> Tensor:
     objective.zero_grad()
     loss.backward(retain_graph=False)

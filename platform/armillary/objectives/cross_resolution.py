@@ -124,7 +124,7 @@ class TransferableCoupledNetwork(CrossResolutionObjective):
         L = mean_same [d^2 - delta]_+ + mean_different [delta + alpha - d^2]_+ + lambda L_softmax(f(x low), y)
 
     ``formulation: reconstruction``, from the abstract's "transferable triplet loss": for the first ``pretrain`` share
-    of the epochs the encoder learns high-resolution faces with softmax; a copy of it, f_H, is then frozen, and the
+    of the steps the encoder learns high-resolution faces with softmax; a copy of it, f_H, is then frozen, and the
     encoder goes on as f_L::
 
         L = mean [ |f_L(a low) - f_H(p)|^2 - |f_L(a low) - f_H(n)|^2 + alpha ]_+ + lambda L_softmax(f_L(x low), y)
@@ -154,7 +154,7 @@ class TransferableCoupledNetwork(CrossResolutionObjective):
         delta: float = Field(0.5, ge=0, le=4, description="survey: squared distance that equal people may have")
         softmax: float = Field(1.0, ge=0, le=100, description="lambda, weight of the softmax term")
         mining: Literal["hard", "semi_hard"] = Field("hard", description="reconstruction: which negatives")
-        pretrain: float = Field(0.5, ge=0, le=0.9, description="reconstruction: share of epochs at high resolution")
+        pretrain: float = Field(0.5, ge=0, le=0.9, description="reconstruction: share of steps at high resolution")
         formulation: Literal["survey", "reconstruction"] = Field("survey", description="thresholds, or triplets")
 
     def build(self, context: BuildContext) -> None:
@@ -166,7 +166,7 @@ class TransferableCoupledNetwork(CrossResolutionObjective):
         self.switch = 0
         if self.coupled:
             self.coupling = TransferableTriplet(options.alpha, options.mining)
-            self.switch = round(options.pretrain * context.epochs) * context.steps_per_epoch
+            self.switch = round(options.pretrain * context.epochs * context.steps_per_epoch)
             self.high_branch = Teacher(self, ("encoder",), lambda _: 1.0)
 
     def after_step(self, step: int) -> None:

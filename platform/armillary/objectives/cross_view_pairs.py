@@ -199,7 +199,7 @@ class CrossResolution(ClassHeadObjective):
 
         L = CE(h(x'), y) + lam mean over samples and dimensions of (phi_S(x') - phi_T(x))^2
 
-    The authors' teacher was trained before. Here the first ``teacher_share`` of the epochs trains it, by CE on the
+    The authors' teacher was trained before. Here the first ``teacher_share`` of the steps trains it, by CE on the
     originals; the student starts from it. 0 takes the encoder as the run found it. ``curriculum`` raises p from 0.1 by
     0.1 every ``curriculum_step_images`` images. How low a resolution is, the view recipe says (``views.low_res``).
 
@@ -226,7 +226,7 @@ class CrossResolution(ClassHeadObjective):
         downsampling_prob: float = Field(0.1, ge=0, le=1, description="p, without the curriculum")
         curriculum: bool = Field(False, description="raise p during the run, from 0.1 to 1")
         curriculum_step_images: int = Field(35000, ge=1, le=10**9, description="images after which p rises by 0.1")
-        teacher_share: float = Field(0.5, ge=0, le=0.9, description="share of the epochs that trains the teacher")
+        teacher_share: float = Field(0.5, ge=0, le=0.9, description="share of the steps that trains the teacher")
         formulation: Literal["paper", "survey"] = Field("paper", description="teacher and student, or one encoder")
         margin: float = Field(0.5, ge=0, le=pi / 2, description="of the survey's ArcFace, radians")
         scale: float = Field(64.0, ge=0.01, le=1000, description="of the survey's ArcFace")
@@ -235,7 +235,7 @@ class CrossResolution(ClassHeadObjective):
         """Makes the head and the teacher."""
         options, size = self.hyperparameters, (context.num_classes, context.embedding_dim)
         self.seed, self.batch_size = context.seed, context.batch_size
-        self.teacher_steps = round(options.teacher_share * context.epochs) * context.steps_per_epoch
+        self.teacher_steps = round(options.teacher_share * context.epochs * context.steps_per_epoch)
         if options.formulation == "paper":
             self.loss: losses.ClassHeadLoss = losses.Softmax(*size)
             self.teacher = Teacher(self, ("encoder",), lambda _: 0.0, buffers="copy")

@@ -89,7 +89,7 @@ class SuperIdentity(ClassHeadObjective):
         annealing_floor: float = Field(5.0, ge=0, le=1000, description="least weight of the plain logit")
         width: int = Field(32, ge=2, le=512, description="channels of the sharpener")
         layers: int = Field(5, ge=2, le=32, description="convolutions of the sharpener")
-        pretrain: float = Field(0.25, ge=0, le=0.9, description="share of epochs of the first stage")
+        pretrain: float = Field(0.25, ge=0, le=0.9, description="share of steps of the first stage")
         formulation: Literal["paper", "survey"] = Field("paper", description="same image, or the person's mean")
 
     @classmethod
@@ -109,7 +109,7 @@ class SuperIdentity(ClassHeadObjective):
             annealing_floor=options.annealing_floor,
         )
         self.sharpener = Sharpener(context.in_channels, options.width, options.layers)
-        self.joint_from = round(options.pretrain * context.epochs) * context.steps_per_epoch
+        self.joint_from = round(options.pretrain * context.epochs * context.steps_per_epoch)
         if options.formulation == "survey":
             self.prototypes = CenterLoss(context.num_classes, context.embedding_dim)
 
