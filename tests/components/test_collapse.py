@@ -18,7 +18,7 @@ A = torch.tensor([[0.5, -1.2, 0.3], [1.0, 0.4, -0.7], [-0.8, 0.9, 0.1], [0.2, -0
 def test_published_numbers() -> None:
     assert float(effective_rank(A.T @ A)) == pytest.approx(2.76706465, abs=1e-6)
     rows = torch.nn.functional.normalize(A, dim=1)
-    spread = channel_std(rows.sum(dim=0), rows.T @ rows, torch.tensor(4.0))
+    spread = channel_std(rows.sum(dim=0), rows.square().sum(dim=0), torch.tensor(4.0))
     assert float(spread) == pytest.approx(rows.std(dim=0).mean().item(), rel=1e-9)
     assert float(spread) == pytest.approx(0.64394401, abs=1e-8)
 
@@ -28,7 +28,7 @@ def measured(rows: Tensor) -> dict[str, float]:
     share = len(rows) // collectives.world_size()
     mine = rows[collectives.rank() * share : (collectives.rank() + 1) * share]
     for part in mine.split(8):
-        monitor.update(part)
+        monitor.update(part, part[:, :4] - 1)
         monitor.update_assignments(part.softmax(dim=1))
     return {name: float(value) for name, value in monitor.metrics().items()}
 
@@ -72,6 +72,45 @@ def test_a_collapsed_embedding_says_why(kind: str, says: str) -> None:
     reason = verdict(prefixed({name: float(value) for name, value in monitor.metrics().items()}))
     assert reason is not None
     assert says in reason
+
+
+@pytest.mark.parametrize(("kind", "says"), [("point", "nearly one projection"), ("line", "projections lie on a line")])
+def test_projections_collapse_while_embeddings_spread(kind: str, says: str) -> None:
+    monitor = CollapseMonitor()
+    monitor.update(torch.randn(128, 64), degenerate(kind))
+    found = {name: float(value) for name, value in monitor.metrics().items()}
+    assert found["embedding_std"] > 0.9
+    reason = verdict(prefixed(found))
+    assert reason is not None
+    assert says in reason
+
+
+@pytest.mark.parametrize(("centre", "marked"), [(0.0, False), (0.5, False), (1.0, False), (2.0, True)])
+def test_projections_that_draw_together(centre: float, marked: bool) -> None:
+    torch.manual_seed(0)
+    monitor = CollapseMonitor()
+    embeddings = torch.randn(256, 64)
+    projections = embeddings + centre * torch.randn(64)
+    monitor.update(embeddings, projections)
+    found = {name: float(value) for name, value in monitor.metrics().items()}
+    unit = torch.nn.functional.normalize(projections, dim=1)
+    cosine = float(unit.mean(dim=0).square().sum())
+    assert (cosine > 0.64) is marked
+    assert 1 - found["projection_std"] ** 2 == pytest.approx(cosine, abs=0.02)
+    reason = verdict(prefixed(found))
+    assert (reason is not None and "draw together" in reason) is marked
+
+
+def test_wide_projections_are_watched_in_part() -> None:
+    torch.manual_seed(0)
+    monitor = CollapseMonitor()
+    rows = torch.randn(64, 1500)
+    monitor.update(rows[:, :8], rows)
+    found = {name: float(value) for name, value in monitor.metrics().items()}
+    assert found["projection_dim"] == 512
+    assert 1 < found["projection_rank"] <= 64
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    assert found["projection_std"] == pytest.approx(1500**0.5 * unit.std(dim=0).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

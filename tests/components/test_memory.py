@@ -123,6 +123,25 @@ def test_a_bank_stays_on_the_host() -> None:
     assert moved[False].rows.device.type == "meta"
 
 
+def test_a_queue_stays_on_the_host_and_is_seen_on_the_device() -> None:
+    keys, labels = torch.randn(2, 3), torch.tensor([5, 6])
+    kept = {host: nn.Sequential(Queue(4, (3,), columns=("label",), host=host)) for host in (True, False)}
+    for host, model in kept.items():
+        queue = model.to("meta")[0]
+        assert queue.stored.device.type == ("cpu" if host else "meta")
+        for seen in (queue.rows, queue.filled(), queue.column("label")):
+            assert seen.device.type == "meta"
+    # Keys arrive where the queue is; that it has moved changes nothing of what is kept.
+    queue = kept[True][0]
+    queue.hold(0, keys, label=labels)
+    queue.write()
+    assert torch.equal(queue.stored[:2], keys)
+    assert queue.get_buffer("column_label").tolist() == [5, 6, -1, -1]
+    beside = Queue(4, (3,), host=True).double()
+    assert beside.rows.dtype == torch.float64
+    assert beside.rows.data_ptr() == beside.stored.data_ptr()
+
+
 def test_state_goes_through_a_checkpoint() -> None:
     torch.manual_seed(0)
     queue, bank = Queue(5, (2,), columns=("label",)), MemoryBank(5, (2,))

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from armillary.evaluation.figures import cmc_bands, cmc_figure, roc_bands, roc_figure, save_cmc_png, save_roc_png
+from armillary.evaluation.figures import (
+    cmc_bands,
+    cmc_figure,
+    point_figure,
+    roc_bands,
+    roc_figure,
+    save_cmc_png,
+    save_roc_png,
+)
 from armillary.evaluation.protocols import evaluate
 from armillary.evaluation.report import Code, Heading, Paragraph, Plot, Table, html_page
 
@@ -52,7 +60,30 @@ def test_cmc_stops_where_a_run_stops() -> None:
     assert len(cmc_figure({"a": [[0.5, 1.0]]}).data) == 1
 
 
+def test_points_are_means_with_the_range_of_their_runs() -> None:
+    points = {"crop 2": ([3.0, 5.0], [0.5, 0.9]), "crop 1": ([1.0], [0.2]), "other": ([2.0], [0.4])}
+    crops, other = point_figure(points, x="a", y="b", shades={"crop 2": 7, "crop 1": 5, "other": 6}, shade="c").data
+    assert list(crops.text) == ["crop 1", "crop 2"]
+    assert list(crops.x) == [1.0, 4.0]
+    assert list(crops.y) == pytest.approx([0.2, 0.7])
+    assert list(crops.error_y.array) == pytest.approx([0, 0.2])
+    assert list(crops.error_x.arrayminus) == [0, 1]
+    assert list(crops.marker.color) == [5, 7]
+    assert [crops.textposition[0], other.textposition[0], crops.textposition[1]] == [
+        "top center", "bottom center", "top center",
+    ]  # fmt: skip
+
+
+def test_shades_span_what_is_shown() -> None:
+    points = {"a": ([1.0], [2.0]), "b": ([2.0], [1.0])}
+    axis = point_figure(points, x="x", y="y", shades={"a": 0.82, "b": 0.92}, shade="s").layout.coloraxis
+    assert (axis.cmin, axis.cmax, axis.colorbar.title.text) == (0.82, 0.92, "s")
+    assert point_figure(points, x="x", y="y").layout.coloraxis.cmin is None
+
+
 def test_nothing_to_draw_is_refused() -> None:
+    with pytest.raises(ValueError, match="no point"):
+        point_figure({}, x="x", y="y")
     with pytest.raises(ValueError, match="no ROC curve"):
         roc_figure({"a": []})
     with pytest.raises(ValueError, match="no CMC curve"):

@@ -336,9 +336,10 @@ def test_pictures_of_attention() -> None:
     assert made("dino")[0].pictures(batch.views[0][:2]) == {}
 
 
-def test_student_or_teacher_is_exported() -> None:
+@pytest.mark.parametrize("name", ["byol", "moco_v1", "moco_v2", "moco_v3", "looc", "pcl", "hcsc", "mice"])
+def test_student_or_teacher_is_exported(name: str) -> None:
     for export, part in (("student", "encoder"), ("teacher", "teacher.encoder")):
-        objective, batch = made("byol", {"export": export})
+        objective, batch = made(name, {"export": export})
         step(objective, batch)
         objective.eval()
         module = objective.get_submodule(part)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from armillary.components.collapse import CollapseMonitor
 from armillary.objectives import Batch, BuildContext, Citation, Hyperparameters, Needs, Objective, Output
+from armillary.spec.jobs import TrainJob
 from armillary.testing.gloo_pool import GlooPool
 from armillary.training import loop
 from armillary.training.preflight import Plan, plan
@@ -79,4 +80,36 @@ def test_a_collapsed_run_is_marked(tiny_job: Any, orl: Path, armillary_home: Pat
     assert "nearly one embedding" in messages[0]
     assert healthy.status == "finished"
     assert healthy.metrics["train/effective_rank"] > 2
+    assert healthy.warnings == silence == []
+
+
+def simsiam(target_gradient: float) -> TrainJob:
+    """Six epochs on the scanned digits."""
+    return TrainJob.model_validate(
+        {
+            "data": {"name": "digits", "split": "sample", "image_size": [16, 16]},
+            "views": {"blur": 0.0, "flip": 0},
+            "backbone": {"name": "small_convnet", "embedding_dim": 64, "width": 16},
+            "objective": {
+                "name": "simsiam",
+                "projection_dim": 128,
+                "projection_hidden": 128,
+                "predictor_hidden": 32,
+                "target_gradient": target_gradient,
+            },
+            "optimizer": {"lr": 2e-3, "warmup_epochs": 1},
+            "train": {"epochs": 6, "batch_size": 64, "threads": 1},
+            "evaluate": {"protocols": ["knn"]},
+        }
+    )
+
+
+def test_simsiam_without_its_stop_gradient_is_marked(armillary_home: Path) -> None:
+    """The encoder's embeddings still spread; what the loss compares does not."""
+    with GlooPool(1) as alone:
+        collapsed, _ = alone.run(train, simsiam(1.0), Plan, str(armillary_home))[0]
+        healthy, silence = alone.run(train, simsiam(0.0), Plan, str(armillary_home))[0]
+    assert collapsed.warnings[0].startswith("collapsed: projections draw together")
+    assert collapsed.metrics["train/embedding_std"] > 0.6
+    assert healthy.metrics["train/projection_std"] > 0.9
     assert healthy.warnings == silence == []

@@ -129,7 +129,7 @@ def _print(record: RunRecord, as_json: bool) -> None:
 
 def _study(job: StudyJob, resume: str | None, as_json: bool) -> None:
     from armillary.cli.progress import progress
-    from armillary.sweeps.report import answers, study_board, write_report
+    from armillary.sweeps.report import answers, marks, study_board, write_report
     from armillary.sweeps.studies import expand, run_study
     from armillary.tracking import format as shown
 
@@ -152,7 +152,7 @@ def _study(job: StudyJob, resume: str | None, as_json: bool) -> None:
         return
     console = page()
     console.print(shown.as_table([board], console.width))
-    for sentence in answers(job, board):
+    for sentence in [*answers(job, board), *marks(job, result.records)]:
         console.print(sentence, markup=False)
     print_note(f"report: {report}")
 

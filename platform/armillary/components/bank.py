@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from armillary.collectives import all_reduce_sum, gather_no_grad
-from armillary.components.held import Held
+from armillary.components.held import Held, HostBuffers
 from armillary.losses.tensors import normalize
 
 
-class MemoryBank(nn.Module):
+class MemoryBank(HostBuffers):
     """Rows by ``Batch.index``, the same on every worker (Wu et al., instance discrimination, 2018, section 3.2).
 
     ::
@@ -40,19 +40,11 @@ class MemoryBank(nn.Module):
     def __init__(
         self, size: int, shape: Sequence[int], start: Literal["random", "zeros"] = "random", host: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(host)
         rows = normalize(torch.randn(size, *shape)) if start == "random" else torch.zeros(size, *shape)
         self.register_buffer("rows", rows)
         self.register_buffer("written", torch.zeros(size, dtype=torch.bool))
-        self.host = host
         self._held = Held()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
-        rows, written = self.rows, self.written
-        super()._apply(fn, recurse)
-        if self.host and self.rows.device.type != "cpu":
-            self.rows, self.written = rows.to(self.rows.dtype), written
-        return self
 
     def lookup(self, index: Tensor) -> Tensor:
         """The rows ``(len(index), *shape)`` of samples, on the index's device; a copy."""

@@ -1,11 +1,12 @@
 """Whether an embedding still says anything: spread, effective rank, use of prototypes, over an epoch.
 
     self.collapse = CollapseMonitor()                    # in build
-    self.collapse.update(embeddings)                     # in forward
+    self.collapse.update(embeddings, projections)        # in forward
     return self.collapse.metrics()                       # in epoch_metrics
 
-The training loop reads the metrics by their names and marks a run whose last epoch has collapsed (:func:`verdict`).
-(Catalog: collapse_monitors.)
+A loss compares projections, not embeddings, and they collapse first: for some time the encoder's embeddings still
+spread while nothing teaches them any more. Both are watched. The training loop reads the metrics by their names and
+marks a run whose last epoch has collapsed (:func:`verdict`). (Catalog: collapse_monitors.)
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ from armillary.collectives import all_reduce_sum
 from armillary.losses.tensors import normalize
 
 STD, RANK, DIM = "embedding_std", "effective_rank", "embedding_dim"
+PROJECTION_STD, PROJECTION_RANK, PROJECTION_DIM = "projection_std", "projection_rank", "projection_dim"
 USED, SHARPNESS, COUNT = "prototype_perplexity", "assignment_entropy", "prototype_count"
 # A spread below this share of an isotropic embedding's: the mean cosine of two samples is above 0.99.
 _LEAST_SPREAD = 0.1
+# The same of projections, at a mean cosine of 0.64. Losses and batch norms centre projections, so that healthy ones
+# spread by 0.9 and more; SimSiam without stop-gradient falls below 0.6 in a few epochs.
+_LEAST_PROJECTED = 0.6
 # Directions beyond the first, as a share of all.
 _LEAST_RANK = 0.01
 _LEAST_USED = 1.5
 _MOST_ENTROPY = 0.999
+# The rank is taken of so many channels at most; a projector may have eight thousand.
+_CHANNELS = 512
 
 
 def effective_rank(second_moment: Tensor) -> Tensor:
@@ -44,17 +51,21 @@ def effective_rank(second_moment: Tensor) -> Tensor:
     return rank
 
 
-def channel_std(total: Tensor, second_moment: Tensor, count: Tensor) -> Tensor:
-    """Mean over channels of the standard deviation over rows (with ``count - 1``), from their sums."""
+def channel_std(total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
+    """Mean over channels of the standard deviation over rows (with ``count - 1``), from their sums ``(dim,)``."""
     mean = total / count
-    variance = (second_moment.diagonal() / count - mean.square()).clamp_min(0) * count / (count - 1).clamp_min(1)
+    variance = (squares / count - mean.square()).clamp_min(0) * count / (count - 1).clamp_min(1)
     return variance.sqrt().mean()
+
+
+_KINDS = {"embedding": (STD, RANK, DIM), "projection": (PROJECTION_STD, PROJECTION_RANK, PROJECTION_DIM)}
 
 
 class CollapseMonitor(nn.Module):
     """Sums of one epoch, on this worker; metrics are of all workers.
 
-    It keeps no state beyond an epoch, and costs one ``(dim, batch) x (batch, dim)`` product a step.
+    It keeps no state beyond an epoch. A step costs a ``(dim, batch) x (batch, dim)`` product for embeddings and one for
+    projections, of 512 channels at most.
     """
 
     def __init__(self) -> None:
@@ -62,18 +73,25 @@ class CollapseMonitor(nn.Module):
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, embeddings: Tensor) -> None:
-        """Counts embeddings ``(rows, dim)``; their length does not matter.
+    def update(self, embeddings: Tensor, projections: Tensor | None = None) -> None:
+        """Counts embeddings ``(rows, dim)`` and what the loss compares of them ``(rows, projection_dim)``.
 
-        Evaluation passes are not counted.
+        Lengths do not matter. Evaluation passes are not counted.
         """
         if not self.training:
             return
-        with torch.autocast(embeddings.device.type, enabled=False):
-            rows = normalize(embeddings.detach().float())
-            self._add("second_moment", rows.T @ rows)
-            self._add("total", rows.sum(dim=0))
-            self._add("rows", rows.new_full((), len(rows)))
+        self._count("embedding", embeddings)
+        if projections is not None:
+            self._count("projection", projections)
+
+    def _count(self, kind: str, vectors: Tensor) -> None:
+        with torch.autocast(vectors.device.type, enabled=False):
+            rows = normalize(vectors.detach().float())
+            part = rows[:, :_CHANNELS]
+            self._add(f"{kind}_moment", part.T @ part)
+            self._add(f"{kind}_squares", rows.square().sum(dim=0))
+            self._add(f"{kind}_total", rows.sum(dim=0))
+            self._add(f"{kind}_rows", rows.new_full((), len(rows)))
 
     @torch.no_grad()
     def update_assignments(self, shares: Tensor) -> None:
@@ -90,18 +108,19 @@ class CollapseMonitor(nn.Module):
 
         ``embedding_std``: the standard deviation of normalised embeddings times ``sqrt(dim)``, 1 where they spread
         evenly, 0 where they are one point (Chen and He, SimSiam, 2021). ``effective_rank`` of the uncentred
-        embeddings. ``assignment_entropy``: of one sample's shares, over ``log(prototypes)``. ``prototype_perplexity``:
-        the exponential of the mean shares' entropy, how many prototypes are used.
+        embeddings. ``projection_std`` and ``projection_rank``: the same of projections, where there are any; ranks are
+        those of the first 512 channels. ``assignment_entropy``: of one sample's shares, over ``log(prototypes)``.
+        ``prototype_perplexity``: the exponential of the mean shares' entropy, how many prototypes are used.
         """
         sums = {name: all_reduce_sum(self._sums[name]) for name in sorted(self._sums)}
         self._sums = {}
         found: dict[str, Tensor] = {}
-        if "rows" in sums:
-            dim = len(sums["total"])
-            spread = channel_std(sums["total"], sums["second_moment"], sums["rows"])
-            found[STD] = spread * math.sqrt(dim)
-            found[RANK] = effective_rank(sums["second_moment"])
-            found[DIM] = spread.new_full((), dim)
+        for kind, names in _KINDS.items():
+            if f"{kind}_rows" in sums:
+                total, moment = sums[f"{kind}_total"], sums[f"{kind}_moment"]
+                spread = channel_std(total, sums[f"{kind}_squares"], sums[f"{kind}_rows"]) * math.sqrt(len(total))
+                values = (spread, effective_rank(moment), spread.new_full((), len(moment)))
+                found.update(zip(names, values, strict=True))
         if "assigned" in sums:
             count = len(sums["usage"])
             found[USED] = torch.special.entr(sums["usage"] / sums["assigned"]).sum().exp()
@@ -120,13 +139,26 @@ def verdict(metrics: Mapping[str, float], prefix: str = "train/") -> str | None:
         metrics: an epoch's metrics by name.
         prefix: in front of this module's names.
     """
-    spread, rank, dim, used, entropy = (metrics.get(prefix + name) for name in (STD, RANK, DIM, USED, SHARPNESS))
-    if spread is not None and spread < _LEAST_SPREAD:
-        return f"all samples have nearly one embedding: its spread is {spread:.3g} of an even one's"
-    if rank is not None and dim is not None and rank < 1 + _LEAST_RANK * (dim - 1):
-        return f"embeddings lie on a line: their effective rank is {rank:.3g} of {dim:.0f}"
+    for kind, names in _KINDS.items():
+        least = _LEAST_SPREAD if kind == "embedding" else _LEAST_PROJECTED
+        reason = _collapsed(kind, least, *(metrics.get(prefix + name) for name in names))
+        if reason is not None:
+            return reason
+    used, entropy = (metrics.get(prefix + name) for name in (USED, SHARPNESS))
     if used is not None and used < _LEAST_USED:
         return f"nearly all samples belong to one prototype: {used:.3g} are in use"
     if entropy is not None and entropy > _MOST_ENTROPY:
         return f"assignments are uniform: the entropy of a sample's is {entropy:.4g} of the largest"
+    return None
+
+
+def _collapsed(kind: str, least: float, spread: float | None, rank: float | None, dim: float | None) -> str | None:
+    """Whether embeddings or projections are one point or one line."""
+    if spread is not None and spread < _LEAST_SPREAD:
+        return f"all samples have nearly one {kind}: its spread is {spread:.3g} of an even one's"
+    if spread is not None and spread < least:
+        cosine = max(1 - spread**2, 0.0)
+        return f"{kind}s draw together: their spread is {spread:.3g} of an even one's, their mean cosine {cosine:.3g}"
+    if rank is not None and dim is not None and rank < 1 + _LEAST_RANK * (dim - 1):
+        return f"{kind}s lie on a line: their effective rank is {rank:.3g} of {dim:.0f}"
     return None

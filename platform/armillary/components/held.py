@@ -1,9 +1,12 @@
-"""Tensors that a step's forward passes set aside for its end."""
+"""What queues and banks share: rows that a step sets aside for its end, and buffers that stay in main memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Held:
@@ -34,3 +37,28 @@ class Held:
         taken = {name: torch.cat(parts) for name, parts in self._columns.items()}
         self._columns = {}
         return taken
+
+
+class HostBuffers(nn.Module):
+    """A module whose buffers stay in main memory, where ``host`` is set, whatever device the rest of a model is on.
+
+    Attributes:
+        device: where the rest of the model is.
+    """
+
+    host: bool
+    device: torch.device
+
+    def __init__(self, host: bool) -> None:
+        super().__init__()
+        self.host, self.device = host, torch.get_default_device()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self.device = fn(torch.empty(0, device=self.device)).device
+        for name, buffer in before.items() if self.host else ():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.device.type != "cpu":
+                self._buffers[name] = buffer.to(moved.dtype)
+        return self

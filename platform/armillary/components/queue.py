@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from armillary.collectives import gather_no_grad
-from armillary.components.held import Held
+from armillary.components.held import Held, HostBuffers
 from armillary.losses.tensors import normalize
 
 
-class Queue(nn.Module):
+class Queue(HostBuffers):
     """The last ``capacity`` keys of the global batches, oldest overwritten first (He et al., MoCo, 2020, section 3.2).
 
     Buffers only: checkpoints carry them, engines do not shard them, every worker holds the same.
@@ -30,12 +30,10 @@ class Queue(nn.Module):
         shape: of one key, e.g. ``(128,)``.
         start: ``random``: unit vectors, easy negatives until they are overwritten; ``zeros``: see :meth:`filled`.
         columns: names of int64 numbers kept with each key (labels, indices); -1 where nothing was written.
-
-    Attributes:
-        rows: ``(capacity, *shape)``.
+        host: keeps the keys in main memory whatever device the rest is on; each use copies them there.
     """
 
-    rows: Tensor
+    stored: Tensor
     pointer: Tensor
     count: Tensor
 
@@ -45,12 +43,13 @@ class Queue(nn.Module):
         shape: Sequence[int],
         start: Literal["random", "zeros"] = "random",
         columns: Sequence[str] = (),
+        host: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(host)
         if capacity < 1:
             raise ValueError(f"a queue needs room for a key, found capacity {capacity}")
         rows = normalize(torch.randn(capacity, *shape)) if start == "random" else torch.zeros(capacity, *shape)
-        self.register_buffer("rows", rows)
+        self.register_buffer("stored", rows)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.columns = tuple(columns)
@@ -62,13 +61,21 @@ class Queue(nn.Module):
         """How many keys were written, at most the capacity."""
         return int(self.count)
 
+    @property
+    def rows(self) -> Tensor:
+        """The keys ``(capacity, *shape)``, on the device of the rest of the model."""
+        return self._near(self.stored)
+
     def filled(self) -> Tensor:
         """``(capacity,)`` bool: rows that hold a key rather than their start."""
-        return torch.arange(len(self.rows), device=self.rows.device) < self.count
+        return self._near(torch.arange(len(self.stored), device=self.stored.device) < self.count)
 
     def column(self, name: str) -> Tensor:
         """The numbers ``(capacity,)`` int64 kept with the keys."""
-        return self.get_buffer(_column(name))
+        return self._near(self.get_buffer(_column(name)))
+
+    def _near(self, kept: Tensor) -> Tensor:
+        return kept.to(self.device) if self.host else kept
 
     def hold(self, step: int, keys: Tensor, **columns: Tensor) -> None:
         """Sets this worker's keys ``(batch, *shape)`` and their numbers aside for :meth:`write`."""
@@ -82,15 +89,15 @@ class Queue(nn.Module):
         held = self._held.take()
         if not held:
             return
-        capacity = len(self.rows)
+        capacity = len(self.stored)
         total = 0
         for name, local in held.items():
-            values = gather_no_grad(local)
+            values = gather_no_grad(local).to(self.stored.device)
             total = len(values)
             # Of more keys than there is room for, the last ones stay.
             kept = values[-capacity:]
             slots = (self.pointer + total - len(kept) + torch.arange(len(kept), device=kept.device)) % capacity
-            target = self.rows if name == "rows" else self.column(name)
+            target = self.stored if name == "rows" else self.get_buffer(_column(name))
             target[slots] = kept.to(target.dtype)
         self.pointer.copy_((self.pointer + total) % capacity)
         self.count.copy_((self.count + total).clamp_max(capacity))

@@ -34,9 +34,12 @@ def clips(sequence: Tensor, frame: Tensor, length: int) -> Tensor:
     within = (sequence[runs] == sequence[runs[:, :1]]) & (sequence[runs] >= 0)
     found = runs[(follows & within).all(dim=1)]
     if not len(found):
+        counts = torch.bincount(sequence[sequence >= 0])
+        longest = int(counts.max()) if len(counts) else 0
         raise UserError(
-            f"the recipe {RECIPE} needs sequences of {length} frames; the training part has none",
+            f"the recipe {RECIPE} needs sequences of {length} frames; the longest of the training part has {longest}",
             key="data.name",
             allowed="a dataset with the columns sequence and frame",
+            hint="some objectives read fewer frames if asked to: armillary objectives show NAME" if longest else None,
         )
     return found[torch.argsort(found[:, 0])]

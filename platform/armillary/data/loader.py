@@ -173,6 +173,10 @@ def in_order(images: Images, plan: Sequence[Tensor]) -> Iterator[Tensor]:
         yield images[rows]
 
 
+# Datasets at hand that have a field which few have.
+_SHIPPED = dict.fromkeys(("sequence", "frame"), "data.name: identities_video has them")
+
+
 def _check_fields(train: ImageSet, needs: Needs, views: Views) -> None:
     has = ["index", "label", *sorted(train.fields)]
     wanted = list(needs.fields)
@@ -186,6 +190,7 @@ def _check_fields(train: ImageSet, needs: Needs, views: Views) -> None:
                 f"the objective needs the batch fields {', '.join(dict.fromkeys(wanted))}; the dataset has no {name!r}",
                 key="data.name",
                 allowed=f"a dataset with {name}; this one has {', '.join(has)}",
+                hint=_SHIPPED.get(name),
             )
 
 

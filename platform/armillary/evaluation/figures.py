@@ -164,13 +164,24 @@ def box_figure(values: Mapping[str, Sequence[float]], *, y: str) -> Figure:
     return figure
 
 
-def point_figure(points: Mapping[str, tuple[float, float]], *, x: str, y: str) -> Figure:
-    """A named point for each name; points that share the first word of their name are joined in order of ``x``.
+def point_figure(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    shades: Mapping[str, float] | None = None,
+    shade: str = "",
+) -> Figure:
+    """A named point for each name, the mean of its runs, with bars from the lowest run to the highest.
+
+    Points that share the first word of their name are joined in order of ``x``.
 
     Args:
-        points: by name, the two coordinates.
+        points: by name, the runs' values of the two coordinates.
         x: what the horizontal axis says.
         y: what the vertical axis says.
+        shades: by name, a third number, shown as the point's colour.
+        shade: what that number is.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -179,21 +190,48 @@ def point_figure(points: Mapping[str, tuple[float, float]], *, x: str, y: str) -
 
     if not points:
         raise ValueError("there is no point to draw")
+    means = {name: (float(np.mean(found[0])), float(np.mean(found[1]))) for name, found in points.items()}
+    ordered = sorted(points, key=lambda name: means[name][0])
+    # Neighbours' names stand on different sides, so that they do not cover each other.
+    sides = {name: ("top center", "bottom center")[index % 2] for index, name in enumerate(ordered)}
     lines: dict[str, list[str]] = {}
-    for name in sorted(points, key=lambda name: points[name][0]):
+    for name in ordered:
         lines.setdefault(name.split(" ")[0], []).append(name)
-    traces = [
-        go.Scatter(
-            x=[points[name][0] for name in names],
-            y=[points[name][1] for name in names],
+    figure = go.Figure()
+    for index, (line, names) in enumerate(lines.items()):
+        marker: dict[str, object] = {"size": 9, "color": _style(index)[0]}
+        if shades is not None:
+            marker |= {"color": [shades[name] for name in names], "coloraxis": "coloraxis"}
+        figure.add_scatter(
+            x=[means[name][0] for name in names],
+            y=[means[name][1] for name in names],
+            error_x=_range([points[name][0] for name in names]),
+            error_y=_range([points[name][1] for name in names]),
             text=names,
             name=line,
             mode="lines+markers+text",
-            textposition="top center",
+            textposition=[sides[name] for name in names],
+            marker=marker,
+            line={"color": _style(index)[0], "width": 2},
+            cliponaxis=False,
         )
-        for line, names in lines.items()
-    ]
-    return go.Figure(traces, layout={"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}})
+    figure.update_layout(
+        template="none", showlegend=False, margin={"l": 72, "r": 16, "t": 24, "b": 56}, height=480, hovermode="closest"
+    )
+    if shades is not None:
+        scale = {"colorscale": "Viridis", "cmin": min(shades.values()), "cmax": max(shades.values())}
+        figure.update_layout(coloraxis={**scale, "colorbar": {"title": {"text": shade}}})
+    grid = {"showgrid": True, "zeroline": False, "gridcolor": "rgba(128,128,128,0.25)", "automargin": True}
+    figure.update_xaxes(title=x, **grid)
+    figure.update_yaxes(title=y, **grid)
+    return figure
+
+
+def _range(runs: Sequence[Sequence[float]]) -> dict[str, object]:
+    """Bars from each mean to the lowest and the highest of its values."""
+    above = [float(np.max(values) - np.mean(values)) for values in runs]
+    below = [float(np.mean(values) - np.min(values)) for values in runs]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 3}
 
 
 def save_roc_png(curves: RocCurves, path: Path, *, title: str = "Verification ROC") -> None:

@@ -1,15 +1,18 @@
-"""Objectives of a kind: what the class-head ones share, and those that project views."""
+"""Objectives of a kind: what the class-head ones share, those that project views, and those with a teacher."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from armillary.components.heads import Projector
+from armillary.components.teacher import Teacher
 from armillary.losses import ClassHeadLoss
 from armillary.objectives.base import Batch, BuildContext, Convergence, Needs, Objective, Output
+
+Export = Literal["student", "teacher"]
 
 
 class ClassHeadObjective(Objective):
@@ -68,3 +71,18 @@ class ProjectedViewsObjective(Objective):
         """
         projections: Tensor = self.projector(self.encoder(torch.cat(views)))
         return projections
+
+
+class Exports(Objective):
+    """An objective with a teacher, either of whose encoders is evaluated and kept: ``export`` says which."""
+
+    teacher: Teacher
+
+    def exported(self) -> nn.Module:
+        """The encoder of student or teacher."""
+        return self.teacher["encoder"] if self.hyperparameters.export == "teacher" else self.encoder
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The exported encoder's embedding."""
+        embedding: Tensor = self.exported()(images)
+        return embedding

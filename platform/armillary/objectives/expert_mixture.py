@@ -15,7 +15,8 @@ from armillary.components.teacher import Teacher
 from armillary.losses.cluster_contrast import expert_log_likelihoods, mixture_loss
 from armillary.losses.tensors import normalize, widen
 from armillary.objectives import base
-from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Objective, Output, Samples
+from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output, Samples
+from armillary.objectives.bases import Export, Exports
 from armillary.objectives.registry import register
 
 
@@ -70,7 +71,7 @@ def separated_directions(count: int, dim: int) -> Tensor:
 
 
 @register
-class MiCE(Objective):
+class MiCE(Exports):
     """MiCE: a mixture of contrastive experts, one a cluster, chosen by a gate.
 
     ``L = -mean log sum_k pi_k p(y | x, k)``, the bound of the paper at its exact posterior; gates
@@ -114,6 +115,7 @@ class MiCE(Objective):
         momentum: float = Field(0.999, ge=0, le=1, description="share of the old teacher a step keeps; 0.99 if short")
         projection_dim: int = Field(128, ge=2, le=4096, description="d, width of an expert's embedding")
         projection_hidden: int = Field(512, ge=2, le=65536, description="width of the hidden layer")
+        export: Export = Field("student", description="whose encoder is evaluated and kept")
 
     def build(self, context: BuildContext) -> None:
         """Makes experts, gate, teacher, queue and centres."""

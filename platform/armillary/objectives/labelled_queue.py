@@ -87,7 +87,7 @@ class KCL(MoCoV2):
         super().build(context)
         options = self.hyperparameters
         self.seed = context.seed
-        self.queue = Queue(options.queue_size, (options.projection_dim,), columns=("label",))
+        self.queue = Queue(options.queue_size, (options.projection_dim,), columns=("label",), host=options.queue_host)
         self.positives = KPositives(options.temperature, options.unused_positives)
 
     def forward(self, batch: Batch) -> Output:

@@ -17,7 +17,8 @@ from armillary.components.teacher import Teacher
 from armillary.losses.key_contrast import BatchKeyContrast, KeyContrast
 from armillary.losses.tensors import normalize, widen
 from armillary.objectives import base
-from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Objective, Output
+from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output
+from armillary.objectives.bases import Export, Exports
 from armillary.objectives.registry import register
 
 
@@ -31,14 +32,16 @@ class QueueHyperparameters(base.Hyperparameters):
 
     temperature: float = _temperature(0.2)
     queue_size: int = Field(65536, ge=1, le=1_048_576, description="K, past keys; 4096 suits small data")
+    queue_host: bool = Field(False, description="keep the queue in main memory; costs a copy a step")
     momentum: float = Field(0.999, ge=0, le=1, description="share of the old key encoder a step keeps; 0.99 if short")
     projection_dim: int = Field(128, ge=2, le=8192, description="width of queries and keys")
+    export: Export = Field("student", description="whose encoder is evaluated and kept; teacher: the keys'")
 
 
 _SMALL = {"objective.queue_size": 256, "objective.momentum": 0.99, "objective.projection_dim": 64}
 
 
-class MomentumQueueObjective(Objective):
+class MomentumQueueObjective(Exports):
     """A query of one view, a key of the other by the teacher, negatives from a queue.
 
     A step in the paper's order: keys by the teacher as it is, the loss against the old queue, the optimizer, then here
@@ -58,7 +61,7 @@ class MomentumQueueObjective(Objective):
         self.projector = self.make_projector(context)
         momentum = Schedule(options.momentum, options.momentum, 0, "constant")
         self.teacher = Teacher(self, ("encoder", "projector"), momentum)
-        self.queue = Queue(options.queue_size, (options.projection_dim,))
+        self.queue = Queue(options.queue_size, (options.projection_dim,), host=options.queue_host)
         self.loss = KeyContrast(options.temperature)
 
     def forward(self, batch: Batch) -> Output:
@@ -141,7 +144,7 @@ class MoCoV2(MomentumQueueObjective):
 
 
 @register
-class MoCoV3(Objective):
+class MoCoV3(Exports):
     """MoCo v3: both views are query and key, the batch is the dictionary, and a predictor follows the projector.
 
     ``L = ctr(q_1, k_2) + ctr(q_2, k_1)`` with :class:`armillary.losses.key_contrast.BatchKeyContrast`;
@@ -190,6 +193,7 @@ class MoCoV3(Objective):
         projection_hidden: int = Field(4096, ge=2, le=65536, description="width of the heads' hidden layers")
         projection_layers: int = Field(3, ge=1, le=8, description="linear layers of the projector; 2 for ResNets")
         predictor_layers: int = Field(2, ge=1, le=8, description="linear layers of the predictor")
+        export: Export = Field("student", description="whose encoder is evaluated and kept; teacher: the keys'")
         freeze_patches: bool = Field(True, description="do not train a transformer's patch projection")
 
     def build(self, context: BuildContext) -> None:
@@ -235,7 +239,7 @@ class _Heads(nn.Module):
 
 
 @register
-class LooC(Objective):
+class LooC(Exports):
     """Leave-one-out contrast: a space of its own for each augmentation, blind to all of them but that one.
 
     Views of an image: a query, a key 0 that shares nothing with it, and keys i = 1..n that share augmentation i (here
@@ -284,7 +288,7 @@ class LooC(Objective):
         self.heads = _Heads(self.spaces, context.embedding_dim, options.projection_hidden, options.projection_dim)
         momentum = Schedule(options.momentum, options.momentum, 0, "constant")
         self.teacher = Teacher(self, ("encoder", "heads"), momentum)
-        self.queue = Queue(options.queue_size, (self.spaces, options.projection_dim))
+        self.queue = Queue(options.queue_size, (self.spaces, options.projection_dim), host=options.queue_host)
         self.loss = KeyContrast(options.temperature)
 
     def forward(self, batch: Batch) -> Output:

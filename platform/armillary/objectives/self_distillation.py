@@ -20,12 +20,11 @@ from armillary.components.transformers import TransformerEncoder
 from armillary.losses import self_distillation as losses
 from armillary.losses.center_residual import center_and_residual, de_centering
 from armillary.objectives import base
-from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Objective, Output
-from armillary.objectives.bases import ProjectedViewsObjective
+from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output
+from armillary.objectives.bases import Export, Exports, ProjectedViewsObjective
 from armillary.objectives.registry import register
 
 DETACHED = {"gradcheck": "the teacher sees the same images and passes no gradient"}
-Export = Literal["student", "teacher"]
 # What suits small images and hundreds of steps.
 SMALL_JOB: Mapping[str, Any] = {
     "views.name": "multicrop_small",
@@ -73,21 +72,6 @@ def small_tokens(margin: float, **changes: Any) -> Convergence:
 def momentum_schedule(start: float, context: BuildContext) -> Schedule:
     """BYOL's: half a cosine from ``start`` to 1 over the run's steps."""
     return Schedule(start, 1.0, context.epochs * context.steps_per_epoch)
-
-
-class Exports(Objective):
-    """An objective with a teacher, either of whose encoders is evaluated and kept: ``export`` says which."""
-
-    teacher: Teacher
-
-    def exported(self) -> nn.Module:
-        """The encoder of student or teacher."""
-        return self.teacher["encoder"] if self.hyperparameters.export == "teacher" else self.encoder
-
-    def embed(self, images: Tensor) -> Tensor:
-        """The exported encoder's embedding."""
-        embedding: Tensor = self.exported()(images)
-        return embedding
 
 
 @register
@@ -151,8 +135,9 @@ class BYOL(Exports, ProjectedViewsObjective):
         """Both views as question and as answer."""
         target1, target2 = self.teacher(torch.cat(batch.views)).chunk(2)
         embeddings = self.encoder(torch.cat(batch.views))
-        self.collapse.update(embeddings)
-        prediction1, prediction2 = self.predictor(self.projector(embeddings)).chunk(2)
+        projections = self.projector(embeddings)
+        self.collapse.update(embeddings, projections)
+        prediction1, prediction2 = self.predictor(projections).chunk(2)
         loss = self.loss(prediction1, target2, prediction2, target1)
         cosine = 1 - losses.cosine_distance(prediction1, target2).mean()
         return Output(loss, {"prediction_cosine": cosine.detach()})
@@ -237,8 +222,8 @@ class SimSiam(ProjectedViewsObjective):
     def forward(self, batch: Batch) -> Output:
         """Both views as question and as answer."""
         embeddings = self.encoder(torch.cat(batch.views))
-        self.collapse.update(embeddings)
         projections = self.projector(embeddings)
+        self.collapse.update(embeddings, projections)
         predictions = self.predictor(projections)
         (projection1, projection2), (prediction1, prediction2) = projections.chunk(2), predictions.chunk(2)
         loss = self.loss(prediction1, projection2, prediction2, projection1)

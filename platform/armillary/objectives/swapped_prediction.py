@@ -91,8 +91,9 @@ class SwAV(Objective):
         """The loss of all crops."""
         frozen = self.step < self.hyperparameters.frozen_steps
         embeddings = self.encoder(torch.cat(batch.views[:2]))
-        self.collapse.update(embeddings)
-        projections = [*self.projector(embeddings).chunk(2)]
+        large = self.projector(embeddings)
+        self.collapse.update(embeddings, large)
+        projections = [*large.chunk(2)]
         if len(batch.views) > 2:
             small = self.projector(self.encoder(torch.cat(batch.views[2:])))
             projections += small.chunk(len(batch.views) - 2)

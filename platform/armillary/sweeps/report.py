@@ -13,6 +13,7 @@ from armillary.evaluation.figures import box_figure, line_figure, point_figure, 
 from armillary.evaluation.report import Code, Heading, Paragraph, Plot, Section, Table, html_page
 from armillary.spec.jobs import StudyJob
 from armillary.spec.loading import dump_job
+from armillary.sweeps import against
 from armillary.sweeps.axis import lines
 from armillary.sweeps.studies import REPORT, StudyResult
 from armillary.tracking import format as shown
@@ -29,13 +30,14 @@ def study_board(job: StudyJob, result: StudyResult) -> Board:
     """The leaderboard of one study's runs by its first metric; each group goes by the name of its variant."""
     board = group_board(job.metrics[0], result.group)
     named = (replace(group, label=group.variant, config="") if group.variant else group for group in board.groups)
-    return replace(board, groups=tuple(named))
+    return replace(board, groups=tuple(named), also=job.metrics[1:])
 
 
 def answers(job: StudyJob, board: Board) -> list[str]:
-    """One sentence per metric on the paired difference between the two variants the study compares."""
+    """What the study found: on the two variants it compares, a sentence a metric; on two metrics, what they do."""
+    found = against.sentences(job, board)
     if job.compare is None:
-        return []
+        return found
     first, second = (_variant(board, name) for name in job.compare)
     sentences = []
     for metric in job.metrics:
@@ -43,13 +45,19 @@ def answers(job: StudyJob, board: Board) -> list[str]:
             continue
         a, b = (_values(group, metric) for group in (first, second))
         gap = difference(a, b)
-        if gap.half_width is None:
-            verdict = "too few runs to say more"
-        else:
-            low, high = gap.mean - gap.half_width, gap.mean + gap.half_width
-            told_apart = "tells them apart" if low > 0 or high < 0 else "does not tell them apart"
-            verdict = f"95% interval {low:+.4f} to {high:+.4f} ({gap.test}, {gap.n} pairs), which {told_apart}"
-        sentences.append(f"{job.compare[0]} minus {job.compare[1]} in {metric}: {gap.mean:+.4f}; {verdict}.")
+        names = f"{job.compare[0]} minus {job.compare[1]} in {metric}"
+        sentences.append(f"{names}: {gap.mean:+.4f}; {against.verdict(gap)}.")
+    return sentences + found
+
+
+def marks(job: StudyJob, records: Sequence[RunRecord]) -> list[str]:
+    """A sentence for each variant with runs that are marked, e.g. as collapsed: how many, and why the first one is."""
+    sentences = []
+    for variant in job.variants:
+        runs = [record for record in records if record.variant == variant.name]
+        marked = [record for record in runs if record.warnings]
+        if marked:
+            sentences.append(f"{variant.name}: {len(marked)} of {len(runs)} runs are marked, {marked[0].warnings[0]}.")
     return sentences
 
 
@@ -75,10 +83,11 @@ def write_report(job: StudyJob, result: StudyResult, *, extra: Sequence[Section]
     board = study_board(job, result)
     sections: list[Section] = [Paragraph(job.question)] if job.question else []
     sections += [Paragraph(sentence, strong=True) for sentence in answers(job, board)]
+    sections += [Paragraph(sentence) for sentence in marks(job, result.records)]
     sections += list(extra)
     sections += _along_axis(job, result.records)
     sections += _boxes(job, result.records)
-    sections += _against(job, result.records)
+    sections += _against(job, board, result.records)
     sections += [Heading("Leaderboard"), _table(board), *(Paragraph(line) for line in shown.legend(board))]
     curves = _roc_curves(result.records)
     if curves:
@@ -122,16 +131,21 @@ def _boxes(job: StudyJob, records: Sequence[RunRecord]) -> list[Section]:
     return [Heading(f"{job.metrics[0]} by variant"), Plot(box_figure(values, y=job.metrics[0]), caption=caption)]
 
 
-def _against(job: StudyJob, records: Sequence[RunRecord]) -> list[Section]:
+def _against(job: StudyJob, board: Board, records: Sequence[RunRecord]) -> list[Section]:
     """Where the study asks for it: two metrics of each variant, as points."""
     if job.against is None:
         return []
     x, y = (_by_variant(job, records, metric) for metric in job.against)
-    points = {name: (sum(x[name]) / len(x[name]), sum(y[name]) / len(y[name])) for name in x if name in y}
+    points = {name: (x[name], y[name]) for name in x if name in y}
     if not points:
         return []
-    caption = f"{job.against[1]} over {job.against[0]}: the mean of each variant's runs"
-    figure = point_figure(points, x=job.against[0], y=job.against[1])
+    shades = against.shades(job, board)
+    caption = (
+        f"{job.against[1]} over {job.against[0]}: the mean of each variant's runs, bars from the lowest to the highest"
+    )
+    if shades is not None:
+        caption += f"; the colour is {job.metrics[0]}"
+    figure = point_figure(points, x=job.against[0], y=job.against[1], shades=shades, shade=job.metrics[0])
     return [Heading(f"{job.against[1]} over {job.against[0]}"), Plot(figure, caption=caption)]
 
 

@@ -81,9 +81,9 @@ def legend(board: Board) -> list[str]:
 
 
 def columns(board: Board) -> list[str]:
-    """The ranking metric and the headline metrics that some group has."""
+    """The ranking metric, those that the board asks for, and the headline metrics, where some group has them."""
     present = {name for group in board.groups for name in group.metrics}
-    return [board.metric, *(name for name in HEADLINE if name in present and name != board.metric)]
+    return list(dict.fromkeys([board.metric, *(name for name in (*board.also, *HEADLINE) if name in present)]))
 
 
 def as_table(boards: Sequence[Board], width: int) -> RenderableType:

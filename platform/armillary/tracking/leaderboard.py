@@ -101,7 +101,7 @@ class Board:
     """Groups judged on the same data, best first.
 
     ``skipped`` counts runs without a finite value of the metric; ``details`` states the data settings that are not the
-    defaults, e.g. ``image_size=[56, 48]``.
+    defaults, e.g. ``image_size=[56, 48]``; ``also`` names metrics to be shown beside the one that ranks.
     """
 
     dataset: str
@@ -112,6 +112,7 @@ class Board:
     groups: tuple[Group, ...]
     skipped: int = 0
     details: str = ""
+    also: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
