@@ -42,7 +42,7 @@ def job(study_job: StudyJob, metrics: tuple[str, ...], pair: tuple[str, str]) ->
 def curve(accuracies: list[float]) -> dict[str, dict[str, list[float]]]:
     """Places 0, 1, ...; three runs each, that differ by their seed alone."""
     return {
-        f"crop {place}": {"acc": [value, value + 0.01, value + 0.021], "info": [place, place, place]}
+        f"crop {place}": {"acc": [value, value + 0.01, value + 0.021], "info": [float(place)] * 3}
         for place, value in enumerate(accuracies)
     }
 
@@ -65,7 +65,10 @@ def test_no_peak_is_said_so(study_job: StudyJob) -> None:
 
 @pytest.mark.parametrize(("values", "strength"), [([1, 2, 3, 4, 5], "+1.00"), ([5, 4, 3, 2, 1], "-1.00")])
 def test_a_rank_correlation(study_job: StudyJob, values: list[float], strength: str) -> None:
-    found = {f"m{place}": {"acc": [value], "a": [place**2], "u": [7 - place]} for place, value in enumerate(values)}
+    found = {
+        f"m{place}": {"acc": [float(value)], "a": [float(place**2)], "u": [7.0 - place]}
+        for place, value in enumerate(values)
+    }
     study = job(study_job, ("acc", "a", "u"), ("a", "u"))
     first, second = against.sentences(study, board("acc", found))
     # Of the 120 orders of five points one is as strong, and its reverse.
@@ -75,7 +78,7 @@ def test_a_rank_correlation(study_job: StudyJob, values: list[float], strength: 
 
 
 def test_too_few_variants_say_nothing(study_job: StudyJob) -> None:
-    few = {f"m{place}": {"acc": [1.0 * place], "a": [place], "u": [place]} for place in range(3)}
+    few = {f"m{place}": {"acc": [place * 1.0], "a": [place * 1.0], "u": [place * 1.0]} for place in range(3)}
     assert against.sentences(job(study_job, ("acc",), ("a", "u")), board("acc", few)) == []
     assert against.sentences(job(study_job, ("acc",), ("a", "acc")), board("acc", few)) == []
     assert against.sentences(study_job, board("acc", few)) == []

@@ -205,8 +205,8 @@ def point_figure(
         figure.add_scatter(
             x=[means[name][0] for name in names],
             y=[means[name][1] for name in names],
-            error_x=_range([points[name][0] for name in names]),
-            error_y=_range([points[name][1] for name in names]),
+            error_x=_bars([points[name][0] for name in names]),
+            error_y=_bars([points[name][1] for name in names]),
             text=names,
             name=line,
             mode="lines+markers+text",
@@ -227,7 +227,7 @@ def point_figure(
     return figure
 
 
-def _range(runs: Sequence[Sequence[float]]) -> dict[str, object]:
+def _bars(runs: Sequence[Sequence[float]]) -> dict[str, object]:
     """Bars from each mean to the lowest and the highest of its values."""
     above = [float(np.max(values) - np.mean(values)) for values in runs]
     below = [float(np.mean(values) - np.min(values)) for values in runs]
