@@ -77,9 +77,16 @@ def test_worked_means_on_features(cls: Any, options: dict[str, Any], expected: f
         (MVSoftmax, {"easy_margin": False, "base": "arc", "margin": 0.5}, 13.26657311),
         (MVSoftmax, {"easy_margin": False, "base": "arc", "margin": 0.5, "mode": "fixed"}, 11.82657438),
         (MVSoftmax, {"easy_margin": False, "scale": 8.0}, 2.89774645),
+        (MVSoftmax, {"easy_margin": False, "scale": 8.0, "mode": "fixed"}, 2.54191931),
+        (MVSoftmax, {"easy_margin": False, "scale": 8.0, "base": "arc", "margin": 0.5}, 3.49574294),
+        (MVSoftmax, {"easy_margin": False, "scale": 8.0, "base": "arc", "margin": 0.5, "mode": "fixed"}, 3.14574419),
         (CurricularFace, {}, 9.39449906),
         (CurricularFace, {"scale": 8.0}, 1.4739634),
         (CurricularFace, {"scale": 8.0, "momentum": 1.0}, 1.46544829),
+        (CurricularFace, {"scale": 8.0, "momentum": 0.5}, 1.92684363),
+        # The momentum as it is printed.
+        (CurricularFace, {"momentum": 0.01}, 17.86169788),
+        (CurricularFace, {"scale": 8.0, "momentum": 0.01}, 2.42407677),
         (P2SGrad, {}, 0.18375),
         (CombinedMargin, {}, 17.24076338),
     ],
@@ -145,6 +152,43 @@ def test_limits_are_the_plainer_losses() -> None:
         loss, features = on_cosines(cls, COSINES, **options)
         reference, _ = on_cosines(other, COSINES, **others)
         torch.testing.assert_close(loss(features, LABELS), reference(features, LABELS), rtol=1e-6, atol=1e-6)
+
+
+def test_softmax_gradient_of_the_logits() -> None:
+    """Rows that are unit vectors make the features the logits."""
+    logits = (FEATURES @ ROWS.T + BIAS).requires_grad_()
+    loss = Softmax(3, 3, bias=False).double()
+    loss.weight.data.copy_(torch.eye(3))
+    loss(logits, LABELS).backward()
+    assert logits.grad is not None
+    expected = [-0.49549832, 0.49494706, 0.00055125973, 0.00311819, -0.15716423, 0.15404604]
+    assert logits.grad.flatten().tolist() == pytest.approx(expected, abs=1e-8)
+    assert logits.grad.sum(1).abs().max() < 1e-12
+    assert float(loss(torch.full((2, 3), 7.0).double(), LABELS)) == pytest.approx(math.log(3))
+
+
+def test_l2_softmax_on_unit_rows_is_normface() -> None:
+    loss, other = on_rows(L2Softmax, radius=16.0), on_rows(NormFace, scale=16.0, learn_scale=False)
+    loss.bias.data.zero_()
+    loss.weight.data.copy_(torch.nn.functional.normalize(ROWS))
+    torch.testing.assert_close(loss(FEATURES, LABELS), other(FEATURES, LABELS))
+
+
+def test_sphereface_knows_lengths_of_features_but_not_of_rows() -> None:
+    loss = on_rows(SphereFace, **NEVER)
+    value = loss(FEATURES, LABELS)
+    loss.weight.data *= torch.tensor([[0.5], [2.0], [7.0]])
+    torch.testing.assert_close(loss(FEATURES, LABELS), value)
+    assert abs(float(loss(2 * FEATURES, LABELS) - value)) > 0.1
+
+
+def test_emphasis_raises_the_loss() -> None:
+    for mode in ("adaptive", "fixed"):
+        values = []
+        for emphasis in (0.0, 0.1, 0.3, 1.0):
+            loss, features = on_cosines(MVSoftmax, COSINES, emphasis=emphasis, mode=mode, scale=8.0)
+            values.append(float(loss(features, LABELS)))
+        assert values == sorted(set(values))
 
 
 def test_hard_classes_leave_easy_batches_alone() -> None:
@@ -232,6 +276,10 @@ def test_subcenters_pool_the_nearest() -> None:
     assert gradient[0, 1] == 0, "never the nearest"
     loss.weight.data.copy_(loss.weight.data.flip(1))
     torch.testing.assert_close(loss(features, LABELS), value.detach())
+    more = SubcenterArcFace(3, 7, subcenters=3).double()
+    more.weight.data.copy_(torch.cat([loss.weight.data, -features.mean(0).expand(3, 1, 7)], dim=1))
+    assert (more.subcenter_cosines(features)[..., 2] < more.similarity(features)).all()
+    torch.testing.assert_close(more(features, LABELS), value.detach())
     one = SubcenterArcFace(3, 7, subcenters=1).double()
     plain = ArcFace(3, 7).double()
     one.weight.data.copy_(plain.weight.data[:, None])
@@ -300,6 +348,14 @@ class TestTerms:
         term(10 * FEATURES)
         assert float(term.radius) == pytest.approx((5 + math.sqrt(5)) / 2), "only once"
 
+    def test_the_best_radius_is_the_mean_length(self) -> None:
+        at = {radius: float(RingLoss(radius).double()(FEATURES)) for radius in (3.5, (5 + 5**0.5) / 2, 3.7)}
+        assert min(at, key=at.__getitem__) == (5 + 5**0.5) / 2
+        features = FEATURES[:1].clone().requires_grad_()
+        RingLoss(5.0).double()(features).backward()  # (3, 4) has this length
+        assert features.grad is not None
+        assert features.grad.abs().max() == 0
+
     def test_verification_of_pairs(self) -> None:
         together = torch.tensor([[1.0, 2.0], [2.0, 0.0]], dtype=torch.float64, requires_grad=True)
         value = PairVerification(negative_fraction=0.5)(together, torch.tensor([0, 0]))
@@ -322,62 +378,6 @@ class TestTerms:
         term(line, torch.tensor([0, 0, 1, 1]))
         assert 1 < float(term.margin) < 9
         assert not any(name == "margin" for name, _ in term.named_parameters())
-
-
-@pytest.mark.parity
-class TestPytorchMetricLearning:
-    """Same rows, same features. Its margins and angles are documented in degrees."""
-
-    @staticmethod
-    def compare(ours: Any, theirs: Any, factor: float = 1.0, subcenters: int = 1, unit_rows: bool = False) -> None:
-        draw = torch.Generator().manual_seed(0)
-        features = torch.randn(8, 6, generator=draw)
-        labels = torch.arange(8) % 4
-        rows = torch.randn(4 * subcenters, 6, generator=draw)
-        ours.weight.data.copy_(rows.view_as(ours.weight))
-        theirs.W.data.copy_(rows.T)
-        found = []
-        for loss in (ours, theirs):
-            own = features.clone().requires_grad_()
-            value = loss(own, labels)
-            value.backward()
-            assert own.grad is not None
-            found.append([value.detach(), own.grad])
-        found[0].append(ours.weight.grad.view(-1, 6))
-        gradient = theirs.W.grad.T
-        if unit_rows:
-            # They scale the rows to unit length outside the graph: what is missing is that scaling's own gradient.
-            unit = torch.nn.functional.normalize(rows)
-            gradient = (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / rows.norm(dim=1, keepdim=True)
-        found[1].append(gradient)
-        for mine, other in zip(*found, strict=True):
-            torch.testing.assert_close(mine * factor, other, rtol=1e-5, atol=1e-5)
-
-    def test_large_margin_softmax(self) -> None:
-        from pytorch_metric_learning import losses as theirs
-
-        # It does not anneal.
-        self.compare(LSoftmax(4, 6, margin=4, **NEVER), theirs.LargeMarginSoftmaxLoss(4, 6, margin=4, scale=1))
-
-    def test_sphereface(self) -> None:
-        from pytorch_metric_learning import losses as theirs
-
-        self.compare(SphereFace(4, 6, **NEVER), theirs.SphereFaceLoss(4, 6, margin=4, scale=1))
-
-    def test_p2sgrad(self) -> None:
-        from pytorch_metric_learning import losses as theirs
-
-        # A plain mean over all entries: 2 / C times the potential.
-        peer = theirs.P2SGradLoss(6, 4)
-        peer.W = peer.weight  # named otherwise there
-        self.compare(P2SGrad(4, 6), peer, factor=2 / 4, unit_rows=True)
-
-    def test_subcenters(self) -> None:
-        from pytorch_metric_learning import losses as theirs
-
-        ours = SubcenterArcFace(4, 6, margin=math.radians(28.6), subcenters=3)
-        peer = theirs.SubCenterArcFaceLoss(num_classes=4, embedding_size=6, margin=28.6, scale=64, sub_centers=3)
-        self.compare(ours, peer, subcenters=3)
 
 
 def test_the_package_offers_them() -> None:
