@@ -208,6 +208,14 @@ class Objective(nn.Module):
         """The needs under these hyperparameters; override where they change them."""
         return cls.needs
 
+    @classmethod
+    def check_encoder(cls, hyperparameters: Any, encoder: nn.Module) -> None:
+        """Hook: refuses hyperparameters that the encoder, which may lie on ``meta``, does not fit, before a run starts.
+
+        Raises:
+            UserError: which one, and what the encoder allows.
+        """
+
     def build(self, context: BuildContext) -> None:
         """Makes the objective's own modules; the encoder is already ``self.encoder``."""
 

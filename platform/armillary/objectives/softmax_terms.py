@@ -201,17 +201,23 @@ class DeepID2Plus(ClassHeadObjective):
         branch_dim: int = Field(512, ge=2, le=8192, description="width of the earlier stages' branches")
         formulation: Literal["paper", "survey"] = Field("paper", description="survey: earlier stages have no pairs")
 
-    def build(self, context: BuildContext) -> None:
-        """Makes a branch, a classifier and a pair term for every chosen stage."""
-        options, channels = self.hyperparameters, cast(MapEncoder, self.encoder).stage_channels
-        self.last = len(channels)
-        wrong = [stage for stage in options.stages if not 1 <= stage < self.last]
-        if wrong or len(set(options.stages)) < len(options.stages):
+    @classmethod
+    def check_encoder(cls, hyperparameters: Any, encoder: nn.Module) -> None:
+        """Refuses stages that the encoder does not have."""
+        last, stages = len(cast(MapEncoder, encoder).stage_channels), hyperparameters.stages
+        wrong = [stage for stage in stages if not 1 <= stage < last]
+        if wrong or len(set(stages)) < len(stages):
             raise UserError(
                 f"the backbone has no earlier stage {wrong[0]}" if wrong else "names a stage twice",
                 key="objective.stages",
-                allowed=f"1 to {self.last - 1}, each once" if self.last > 1 else "none, as it has one stage",
+                allowed=f"1 to {last - 1}, each once" if last > 1 else "none, as it has one stage",
             )
+
+    def build(self, context: BuildContext) -> None:
+        """Makes a branch, a classifier and a pair term for every chosen stage."""
+        self.check_encoder(self.hyperparameters, self.encoder)
+        options, channels = self.hyperparameters, cast(MapEncoder, self.encoder).stage_channels
+        self.last = len(channels)
         self.early = sorted(options.stages) or list(range(1, self.last))
         self.branches = nn.ModuleList(nn.Linear(channels[stage - 1], options.branch_dim) for stage in self.early)
         widths = [*(options.branch_dim for _ in self.early), context.embedding_dim]

@@ -178,6 +178,8 @@ def _check_encoder(job: TrainJob, needs: Needs, views: Views, size: tuple[int, i
     with torch.device("meta"):
         encoder = build_encoder(job.backbone, in_channels=1, image_size=size)
     check_ability(encoder, needs.encoder, job.objective.name, job.backbone.name)
+    options = registry.hyperparameters(job.objective.name, job.objective.options)
+    registry.get(job.objective.name).check_encoder(options, encoder)
     recipes = [views.recipe(view) for view in range(views.count or needs.views)]
     # Puzzles are cut up again by the objective that asks for them.
     seen = [output_size(recipe, *size) for recipe in recipes if not recipe.tiles]
