@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,11 @@ def _load(source: Source) -> Any:
     import torch
 
     try:
-        from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
-        from torch_geometric.data.storage import GlobalStorage
+        with warnings.catch_warnings():
+            # Its imports speak of torch's own plans.
+            warnings.simplefilter("ignore", FutureWarning)
+            from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+            from torch_geometric.data.storage import GlobalStorage
     except ImportError:
         raise UserError(
             "a .pt file holds objects of torch-geometric, which is not installed",
