@@ -139,6 +139,7 @@ class _Crew(threading.Thread):
         super().__init__(name=f"crew-{number}", daemon=True)
         self.number, self.desk, self.template, self.crews = number, desk, template, crews
         self.home = home()
+        self._failure: Exception | None = None
 
     def run(self) -> None:
         import ray
@@ -159,6 +160,8 @@ class _Crew(threading.Thread):
         try:
             trainer.fit()
         except Exception as error:  # noqa: BLE001 - whatever ended the crew, its runs must not wait for ever
+            # Its frames hold Ray's handles. Let go while Ray shuts down, they would end the process at once.
+            self._failure = error
             if not ray.is_initialized():
                 return  # Ctrl-C took Ray down first; there is nobody left to tell
             desk: Any = ray.get_actor(self.desk, namespace=NAMESPACE)
