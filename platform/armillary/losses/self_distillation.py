@@ -155,9 +155,13 @@ class MaskedPatchEntropy(nn.Module):
             targets: ``(N, K)``, of the same patches.
             masked: ``(C, T)`` bool with N true places.
         """
-        sizes = masked.sum(dim=1).clamp_min(1)
-        weight = (1 / sizes.to(student.dtype))[:, None].expand(masked.shape)[masked]
-        return (weight * soft_cross_entropy(student, targets, self.temperature)).sum() / len(masked)
+        return (self.weights(masked, student.dtype) * soft_cross_entropy(student, targets, self.temperature)).sum()
+
+    @staticmethod
+    def weights(masked: Tensor, dtype: torch.dtype) -> Tensor:
+        """How much each masked patch counts, ``(N,)``; see ``forward`` for ``masked``."""
+        shares = masked.to(dtype) / masked.sum(dim=1, keepdim=True).clamp_min(1)
+        return shares[masked] / len(masked)
 
 
 class Distillation(nn.Module):

@@ -155,7 +155,9 @@ class BuildContext:
 class Convergence:
     """How the conformance suite shows that an objective learns: a short training on small data, on one core.
 
-    The trained encoder must beat the untrained one, on people or images it has not seen, by ``margin`` in ``metric``.
+    The trained encoder must beat the untrained one, on people or images it has not seen, by ``margin`` in ``metric``;
+    where ``falls`` is given, that must be lower in the last epoch than in the first that has it, and embeddings must
+    not have collapsed.
 
     Args:
         dataset: an embedded dataset.
@@ -163,7 +165,9 @@ class Convergence:
         margin: how much better the trained encoder must be; a method that needs more than seconds of training states a
             smaller one and why in ``reason``.
         job: dotted overrides of the small preset, e.g. ``{"train.epochs": 12, "objective.temperature": 0.5}``.
-        reason: why the margin is small, or the metric another.
+        reason: why the margin is small, or the metric or what falls another.
+        falls: ``loss``, or a metric of the objective where its loss need not fall, as one whose targets move. Empty:
+            nothing is asked.
     """
 
     dataset: str = "identities_small"
@@ -171,6 +175,7 @@ class Convergence:
     margin: float = 0.03
     job: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
+    falls: str = ""
 
 
 class Objective(nn.Module):

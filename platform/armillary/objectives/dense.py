@@ -23,6 +23,7 @@ from armillary.losses.tensors import widen
 from armillary.objectives.base import Batch, BuildContext, Citation, Needs, Output
 from armillary.objectives.registry import register
 from armillary.objectives.self_distillation import (
+    MOVING_TARGETS,
     PrototypeDistillation,
     PrototypeHyperparameters,
     small_tokens,
@@ -154,6 +155,13 @@ class PatchDistillation(PrototypeDistillation):
         loss: Tensor = self.patch_loss(self.patch_logits(seen.tokens.patches[seen.masked]), targets, seen.masked)
         return loss
 
+    @staticmethod
+    def patch_entropy(seen: Seen, targets: Tensor) -> Tensor:
+        """The least value that :meth:`patch_term` can take with these targets."""
+        entropies = torch.special.entr(targets).sum(dim=-1)
+        least: Tensor = (losses.MaskedPatchEntropy.weights(seen.masked, targets.dtype) * entropies).sum()
+        return least
+
     @torch.no_grad()
     def teacher_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's logits of whole crops, and their patches."""
@@ -214,7 +222,13 @@ class IBOT(PatchDistillation):
         "https://arxiv.org/abs/2111.07832",
     )
     needs = with_local_crops(_TOKENS, 10)
-    convergence = small_tokens(0.06)
+    convergence = small_tokens(
+        0.06,
+        falls="image_divergence",
+        reason=MOVING_TARGETS + "0.07 to 0.11; at the others' temperature it collapses",
+        objective__teacher_temperature=0.04,
+        optimizer__lr=2e-3,
+    )
 
     class Hyperparameters(PatchHyperparameters):
         """iBOT has fewer prototypes and more small crops than DINO."""
@@ -228,8 +242,13 @@ class IBOT(PatchDistillation):
         targets = self.image_targets(logits.unflatten(0, (2, -1)))
         seen = self.see(batch)
         image = self.image_term(seen, targets, batch.views[2:])
-        patch = self.patch_term(seen, self.centered_patch_targets(patches, seen.masked))
-        metrics = {"image_divergence": image.detach() - target_entropy(targets), "patch_loss": patch.detach()}
+        patch_targets = self.centered_patch_targets(patches, seen.masked)
+        patch = self.patch_term(seen, patch_targets)
+        metrics = {
+            "image_divergence": image.detach() - target_entropy(targets),
+            "patch_divergence": patch.detach() - self.patch_entropy(seen, patch_targets),
+            "patch_loss": patch.detach(),
+        }
         return Output(image + self.hyperparameters.patch_weight * patch, metrics)
 
 
@@ -299,7 +318,7 @@ class DINOv2(BalancedDistillation):
         "https://arxiv.org/abs/2304.07193",
     )
     needs = replace(_TOKENS, batch_coupled=True)
-    convergence = small_tokens(0.2)
+    convergence = small_tokens(0.15, falls="loss")
 
     class Hyperparameters(DINOv2Hyperparameters):
         """How targets are kept from collapsing."""
@@ -336,7 +355,9 @@ class DINOv3Gram(BalancedDistillation):
         "https://arxiv.org/abs/2508.10104",
     )
     needs = DINOv2.needs
-    convergence = small_tokens(0.2, start_step=20, update_every=20)
+    convergence = small_tokens(
+        0.15, falls="loss", objective__start_step=20, objective__update_every=20, train__epochs=5
+    )
 
     class Hyperparameters(DINOv2Hyperparameters):
         """When and how patches are anchored."""

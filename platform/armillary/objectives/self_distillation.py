@@ -58,15 +58,23 @@ SMALL_TOKENS_JOB: Mapping[str, Any] = {
     "objective.prototypes": 64,
     "objective.momentum": 0.96,
     "objective.center_momentum": 0.5,
-    "objective.teacher_temperature": 0.04,
-    "train.epochs": 10,
+    "objective.teacher_temperature": 0.02,
+    "optimizer.lr": 4e-3,
+    "train.epochs": 6,
 }
 
 
-def small_tokens(margin: float, **changes: Any) -> Convergence:
-    """That preset, judged by nearest neighbours, with changes to hyperparameters of the objective."""
-    job = {**SMALL_TOKENS_JOB, **{f"objective.{name}": value for name, value in changes.items()}}
-    return Convergence("digits", "knn/top1", margin, job)
+# Why the loss need not fall where a centre keeps the teacher from collapsing.
+MOVING_TARGETS = (
+    "in so few steps the teacher's answers grow softer, nearly even over the prototypes, and a cross-entropy cannot be "
+    "below the entropy of its targets, so that another part of the loss must fall; three seeds gained "
+)
+
+
+def small_tokens(margin: float, falls: str, reason: str = "", **changes: Any) -> Convergence:
+    """That preset, judged by nearest neighbours, with changes, e.g. ``train__epochs=5``."""
+    job = {**SMALL_TOKENS_JOB, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return Convergence("digits", "knn/top1", margin, job, reason, falls)
 
 
 def momentum_schedule(start: float, context: BuildContext) -> Schedule:
@@ -98,7 +106,8 @@ class BYOL(Exports, ProjectedViewsObjective):
     projector_last_norm = False
     convergence = Convergence(
         margin=0.005,
-        reason="a few hundred steps; one seed gained 0.019",
+        reason="a few hundred steps; one seed gained 0.020",
+        falls="loss",
         job={
             "objective.momentum": 0.9,
             "objective.projection_hidden": 256,

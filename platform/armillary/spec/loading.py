@@ -44,7 +44,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = (), *, kind: str | Non
     Raises:
         UserError: the first mistake, with its place.
     """
-    changes = [_parse_override(text) for text in overrides]
+    changes = [parse_override(text) for text in overrides]
     document = _assemble(find("jobs", path), changes, ())
     # Names first: they clear the options of what they replace, which later overrides then set.
     deep = [change for change in changes if not _is_reference(change[0])]
@@ -99,7 +99,12 @@ def _canonical(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
+    """A change as the command line takes it, ``key.subkey=value`` with a value in YAML, apart.
+
+    Raises:
+        UserError: it is not of that form.
+    """
     key, separator, value = text.partition("=")
     if not separator or not all(key.split(".")):
         raise UserError(f"found {text!r}", where=COMMAND_LINE, allowed="key.subkey=value, e.g. objective.margin=0.4")

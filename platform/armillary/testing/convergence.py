@@ -1,16 +1,27 @@
-"""A short training on one core: does an objective teach an encoder anything about images it has not seen?"""
+"""A short training on one core: does an objective teach an encoder anything about images it has not seen?
+
+``python -m armillary.testing.convergence NAME ... [--seeds 3] [KEY=VALUE ...]`` prints what the suite judges, a line a
+seed: the metric before and after, what should have fallen, seconds of training. Reasons in ``convergence`` quote it.
+Settings are chosen with ``data.fold=1`` (and ``data.fold=2`` ...); the suite judges on fold 0.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from armillary.components import collapse
 from armillary.evaluation import suite
-from armillary.objectives import Objective
+from armillary.objectives import Objective, registry
 from armillary.spec.jobs import TrainJob
-from armillary.spec.loading import apply_overrides
+from armillary.spec.loading import apply_overrides, parse_override
 from armillary.training.optimizers import make_optimizer, set_learning_rate
 from armillary.training.preflight import Plan, plan
 from armillary.training.schedules import learning_rate
@@ -33,12 +44,19 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Learned:
-    """What a short training did: the metric before and after, the mean loss of the first and the last epoch."""
+    """What a short training did.
+
+    ``untrained`` and ``trained`` are the metric before and after; ``first`` and ``last`` the means, over their epochs,
+    of what the objective says must fall, or of the loss; ``collapsed`` says why the last epoch's embeddings or
+    prototypes count as collapsed, by the objective's own monitor; ``seconds`` is what the training took of one core.
+    """
 
     untrained: float
     trained: float
-    first_loss: float
-    last_loss: float
+    first: float
+    last: float
+    collapsed: str | None
+    seconds: float
 
     @property
     def gain(self) -> float:
@@ -46,8 +64,8 @@ class Learned:
         return self.trained - self.untrained
 
 
-def preset_job(cls: type[Objective]) -> TrainJob:
-    """The small job that an objective's ``convergence`` describes."""
+def preset_job(cls: type[Objective], changes: Mapping[str, Any] | None = None) -> TrainJob:
+    """The small job that an objective's ``convergence`` describes, with further overrides."""
     wish = cls.convergence
     values: dict[str, Any] = {key: dict(section) for key, section in PRESET.items()}
     values["data"]["name"] = wish.dataset
@@ -56,20 +74,29 @@ def preset_job(cls: type[Objective]) -> TrainJob:
     values["backbone"] = BACKBONES.get(cls.needs.modality, values["backbone"])
     values["objective"] = {"name": cls.name}
     values["evaluate"] = {"protocols": [wish.metric.split("/")[0]]}
-    return apply_overrides(TrainJob.model_validate(values), dict(wish.job))
+    return apply_overrides(TrainJob.model_validate(values), {**wish.job, **(changes or {})})
 
 
-def converge(cls: type[Objective]) -> Learned:
+def converge(cls: type[Objective], changes: Mapping[str, Any] | None = None) -> Learned:
     """Trains the objective's small job in this process with a plain optimizer, and judges the encoder before and after.
 
     The judged images (people, for open-set metrics) are those that the job holds out; none of them is trained on.
+
+    Args:
+        cls: the objective.
+        changes: dotted overrides of the small job, e.g. ``{"seed": 1}``.
     """
-    ready = plan(preset_job(cls))
+    ready = plan(preset_job(cls, changes))
     torch.manual_seed(ready.job.seed)
     objective = ready.build()
-    before = judge(objective, ready)
-    losses = fit(objective, ready)
-    return Learned(before, judge(objective, ready), losses[0], losses[-1])
+    before, start = judge(objective, ready), time.process_time()
+    epochs = fit(objective, ready)
+    seconds = time.process_time() - start
+    name = cls.convergence.falls or "loss"
+    falls = [epoch[name] for epoch in epochs if name in epoch]
+    return Learned(
+        before, judge(objective, ready), falls[0], falls[-1], collapse.verdict(epochs[-1], prefix=""), seconds
+    )
 
 
 def judge(objective: Objective, ready: Plan) -> float:
@@ -79,8 +106,8 @@ def judge(objective: Objective, ready: Plan) -> float:
     return suite.metrics_of(results)[objective.convergence.metric]
 
 
-def fit(objective: Objective, ready: Plan) -> list[float]:
-    """Trains in place; returns each epoch's mean loss."""
+def fit(objective: Objective, ready: Plan) -> list[dict[str, float]]:
+    """Trains in place; returns each epoch's mean ``loss`` and metrics."""
     job = ready.job
     batches = ready.batches()
     optimizer = make_optimizer(objective, job.optimizer)
@@ -90,15 +117,42 @@ def fit(objective: Objective, ready: Plan) -> list[float]:
         objective.train()
         objective.epoch = epoch
         objective.before_epoch(epoch, batches.samples)
-        total = 0.0
+        totals: dict[str, float] = defaultdict(float)
         for step, batch in enumerate(batches.epoch(epoch)):
             objective.step = epoch * steps + step
             set_learning_rate(optimizer, learning_rate(job.optimizer, epoch + (step + 1) / steps, job.train.epochs))
             optimizer.zero_grad(set_to_none=True)
-            loss = objective(batch).loss
-            loss.backward()
+            output = objective(batch)
+            output.loss.backward()
             optimizer.step()
             objective.after_step(objective.step)
-            total += float(loss.detach()) / steps
-        means.append(total)
+            for name, value in {"loss": output.loss, **output.metrics}.items():
+                totals[name] += float(value.detach()) / steps
+        means.append(dict(totals) | {name: float(value) for name, value in objective.epoch_metrics().items()})
     return means
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what the suite judges, for named objectives and several seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("given", nargs="+", metavar="NAME | KEY=VALUE", help="objectives, and changes to their jobs")
+    parser.add_argument("--seeds", type=int, default=1, help="of each, counted from 0")
+    options = parser.parse_args(arguments)
+    changes: dict[str, Any] = dict(parse_override(text) for text in options.given if "=" in text)
+    torch.set_num_threads(1)
+    for cls in (registry.get(name) for name in options.given if "=" not in name):
+        wish = cls.convergence
+        for seed in range(options.seeds):
+            learned = converge(cls, {**changes, "seed": seed})
+            fallen = f"{wish.falls or 'loss'} {learned.first:.3f} to {learned.last:.3f}"
+            sys.stdout.write(
+                f"{cls.name} seed {seed}: {wish.metric} {learned.untrained:.3f} to {learned.trained:.3f}, "
+                f"gain {learned.gain:+.3f} (margin {wish.margin:g}); {fallen}; {learned.seconds:.1f} s; "
+                f"{learned.collapsed or 'not collapsed'}\n"
+            )
+            sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
