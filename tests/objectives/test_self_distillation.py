@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from armillary.objectives.positional_queries import places_in
 from armillary.spec.errors import UserError
 from armillary.spec.home import runs_dir
 from armillary.spec.jobs import BackboneSpec
-from armillary.testing import tiny
+from armillary.testing import convergence, tiny
 from armillary.testing.gloo_pool import shared_pool
 
 WITH_PROTOTYPES = ("dino", "ibot", "dinov2", "dinov3_gram", "pq", "cr2pq")
@@ -351,3 +352,16 @@ def test_needs_follow_the_number_of_small_crops() -> None:
     cls: Any = registry.get("dino")
     needs = cls.needs_for(cls.Hyperparameters(local_crops=3))
     assert needs == replace(cls.needs, views=5, recipe_options={"local_crops": 3})
+
+
+@pytest.mark.slow
+def test_the_command_prints_what_a_short_training_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convergence.main(["cr2pq", "train.epochs=1", "data.fold=1", "--seeds", "2"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    number = r"-?\d+\.\d+"
+    form = (
+        rf"knn/top1 {number} to {number}, gain [+-]{number} \(margin 0.1\); patch_loss {number} to {number}; {number} s"
+    )
+    assert re.fullmatch(f"cr2pq seed 0: {form}; not collapsed", first)
+    assert re.fullmatch(f"cr2pq seed 1: {form}; not collapsed", second)
+    assert first.split(": ")[1].split("; ")[:2] != second.split(": ")[1].split("; ")[:2]
