@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from armillary.data.store import open_dataset
 from armillary.procedures.cleaning import ORIGINAL_INDEX, assign, clean_run, retrain_job
 from armillary.procedures.trained import load_trained
 from armillary.spec.errors import UserError
+from armillary.spec.jobs import TrainJob
+from armillary.spec.loading import apply_overrides
+from armillary.training.rundir import RunDirectory
 
 
 def directions(degrees: list[float]) -> Tensor:
@@ -78,9 +82,9 @@ def test_a_noisy_dataset_is_cleaned(run_id: str) -> None:
     assert report.noise is not None
     assert report.noise.before == pytest.approx(0.38, abs=0.04)
     # Nearly all wrong labels are elsewhere than the dominant sub-center, or far from it.
-    assert report.noise.in_dominant < 0.6 * report.noise.before
-    assert report.noise.kept < 0.5 * report.noise.before
-    assert report.noise.right_kept > 0.7
+    assert report.noise.in_dominant < 0.55 * report.noise.before
+    assert report.noise.kept < 0.3 * report.noise.before
+    assert report.noise.right_kept > 0.75
     old, new = open_dataset("noisy"), open_dataset("cleaned")
     origin = new.column(ORIGINAL_INDEX)
     assert len(new) == len(old) - report.images + report.kept
@@ -119,3 +123,27 @@ def test_the_command(run_id: str, capsys: Any) -> None:
     assert json.loads(capsys.readouterr().out)["dataset"] == "cleaned"
     with pytest.raises(UserError, match="exists already"):
         clean_run(run_id, name="cleaned")
+
+
+@pytest.mark.slow
+def test_cleaning_and_training_again_beats_the_noisy_labels(
+    run_id: str, trainer: Callable[[TrainJob], tuple[RunDirectory, float]]
+) -> None:
+    """ArcFace on what the sub-centers left, against ArcFace on everything: the same people, epochs and seeds.
+
+    Measured gains in AUC were 0.089, 0.036 and 0.059; of the wrong labels' share 0.18 to 0.21 was left.
+    """
+    job = load_trained(run_id).job
+    gains = []
+    for seed in range(3):
+        again = apply_overrides(job, {"seed": seed})
+        run = trainer(again)[0].run_id if seed else run_id
+        report = clean_run(run, name=f"cleaned{seed}")
+        assert report.noise is not None
+        assert report.noise.in_dominant < 0.68 * report.noise.before
+        assert report.noise.kept < 0.3 * report.noise.before
+        assert report.noise.right_kept > 0.65
+        noisy, cleaned = (trainer(retrain_job(again, name))[1] for name in ("noisy", report.dataset))
+        gains.append(cleaned - noisy)
+    assert min(gains) > 0, gains
+    assert sum(gains) / len(gains) > 0.03, gains
