@@ -13,7 +13,7 @@ from torch import Tensor
 from armillary import collectives, losses
 from armillary.components.self_paced import Criterion, agreement, clusters_at, jaccard_distance, trusted
 from armillary.losses.embedding_dropout import SampleGuidedContrast
-from armillary.losses.hard_negatives import HardNegativeNCE, MixedNegatives, Mixtures
+from armillary.losses.hard_negatives import HardNegativeNCE, MixedNegatives, Mixtures, largest_columns
 from armillary.losses.hybrid_memory import HybridMemoryLoss
 from armillary.losses.info_nce import InfoNCE
 from armillary.losses.information_bottleneck import (
@@ -40,9 +40,8 @@ QUEUE = t([[0.1, 1.0, 0.0], [0.6, 0.6, -0.5], [-1.0, 0.2, 0.1], [0.0, -0.3, 0.9]
 W = t([[1.0, 0.1, 0.0], [0.0, 0.9, -0.2], [0.3, 0.0, 1.1]])
 LABELS, QUEUE_LABELS = torch.tensor([0, 1, 0, 2]), torch.tensor([0, 0, 1, 2, 0])
 SAME = LABELS[:, None] == QUEUE_LABELS
-DRAWN = torch.zeros(4, 5, dtype=torch.bool)
-for row, places in enumerate([[0, 4], [2], [1, 4], [3]]):
-    DRAWN[row, places] = True
+DRAWN = torch.tensor([[0, 4], [2, -1], [1, 4], [-1, 3]])
+ALL_DRAWN = torch.where(SAME, torch.arange(5), -1)
 TARGETS = t([[-0.5, -math.sqrt(0.75), 0.0], [1.0, 0.0, 0.0], [-0.5, math.sqrt(0.75), 0.0]])
 MU, SIGMA = t([[0.9, 0.1, -0.2], [-0.3, 0.8, 0.4]]), t([[0.5, 1.2, 0.9], [0.8, 0.6, 1.1]])
 NOISE = t([[0.3, -1.0, 0.7], [1.1, 0.2, -0.4]])
@@ -66,12 +65,14 @@ def coreface(mask: str) -> Loss:
 def targeted(form: str) -> Loss:
     assigned = torch.tensor([1, 2, 0])
     loss = KPositives(0.2, form=form)
-    return lambda view: loss(view, B, QUEUE, SAME, DRAWN, targets=TARGETS, target=assigned[LABELS])
+    return lambda view: loss(view, B, QUEUE, DRAWN, targets=TARGETS, target=assigned[LABELS])
 
 
 def mochi(view: Tensor) -> Tensor:
-    rank = torch.tensor
-    mixtures = Mixtures(rank([[0, 1]] * 4), rank([[1, 2]] * 4), t([[0.3, 0.6]] * 4), rank([[0]] * 4), t([[0.4]] * 4))
+    """Of a query's three nearest keys the first two, the last two, and the first with the query."""
+    nearest = (normalize(view.detach()) @ normalize(QUEUE).T).topk(3, dim=1).indices
+    place = nearest.argsort(dim=1).argsort(dim=1)
+    mixtures = Mixtures(place[:, :2], place[:, 1:], t([[0.3, 0.6]] * 4), place[:, :1], t([[0.4]] * 4))
     value: Tensor = MixedNegatives(3, 0.2)(view, B, QUEUE, mixtures)
     return value
 
@@ -86,8 +87,8 @@ WORKED: dict[str, tuple[Loss, float, list[float] | None]] = {
     "harder": (hard(2, 0), 1.44743242, None),
     "plain": (hard(0, 0), 0.931975, [0.03044832, -0.13307462, 0.07048012]),
     "at_floor": (hard(1, 0.5), 0.86734669, None),
-    "kcl": (lambda v: KPositives(0.2)(v, B, QUEUE, SAME, DRAWN), 3.16656829, None),
-    "kcl_all": (lambda v: KPositives(0.2)(v, B, QUEUE, SAME, SAME), 3.2879273, None),
+    "kcl": (lambda v: KPositives(0.2)(v, B, QUEUE, DRAWN), 3.16656829, None),
+    "kcl_all": (lambda v: KPositives(0.2)(v, B, QUEUE, ALL_DRAWN), 3.2879273, None),
     "tsc": (targeted("paper"), 5.36521412, None),
     "tsc_code": (targeted("released_code"), 3.06389387, None),
     "mochi": (mochi, 2.05862832, None),
@@ -273,12 +274,85 @@ def test_hard_negatives_at_small_temperatures() -> None:
         assert torch.isfinite(one.grad).all()
 
 
+def mixed_one_by_one(view: Tensor, keys: Tensor, queue: Tensor, given: Mixtures, hardest: int) -> Tensor:
+    """MoCHi as it is written: every mixture is made, and meets its query."""
+    total = view.new_zeros(())
+    for row in range(len(view)):
+        q, k, queued = normalize(view[row]), normalize(keys[row]), normalize(queue)
+        near = queued[(queued @ q.detach()).topk(hardest).indices.sort().values]
+        a, b = given.weight[row][:, None], given.query_weight[row][:, None]
+        pairs = normalize(a * near[given.first[row]] + (1 - a) * near[given.second[row]])
+        of_query = normalize(b * q.detach() + (1 - b) * near[given.key[row]])
+        logits = torch.cat([k[None], queued, pairs, of_query]) @ q / 0.2
+        total = total + logits.logsumexp(0) - logits[0]
+    return total / len(view)
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("twice", [False, True])
+def test_mixtures_as_they_are_written(monkeypatch: pytest.MonkeyPatch, threads: int, twice: bool) -> None:
+    """In several blocks, by either selection, with keys that stand in the queue twice."""
+    monkeypatch.setattr("armillary.losses.blocks.BLOCK_ELEMENTS", 16 * 40)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    draw = torch.Generator().manual_seed(3)
+    view, keys, queue = (torch.randn(rows, 6, generator=draw, dtype=torch.float64) for rows in (37, 37, 40))
+    if twice:
+        queue[20:] = queue[:20]
+    hardest = 8 if twice else 9
+
+    def places(count: int) -> Tensor:
+        return torch.randint(0, hardest, (37, count), generator=draw)
+
+    weight, of_query = (torch.rand(37, count, generator=draw, dtype=torch.float64) for count in (12, 5))
+    given = Mixtures(places(12), places(12), weight, places(5), of_query / 2)
+    one, other = view.clone().requires_grad_(), view.clone().requires_grad_()
+    metrics: dict[str, Tensor] = {}
+    value = MixedNegatives(hardest, 0.2)(one, keys, queue, given, metrics=metrics)
+    expected = mixed_one_by_one(other, keys, queue, given, hardest)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(one.grad, other.grad)
+    assert float((normalize(view) @ normalize(queue).T).amax(dim=1).mean()) <= float(metrics["hardest_cosine"]) <= 1
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_the_largest_columns(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    scores = torch.tensor([[1.0, 5.0, 3.0, 4.0], [2.0, 2.0, 2.0, 9.0]])
+    assert largest_columns(scores[:1], 2).tolist() == [[1, 3]]
+    # Of equal scores any may be taken, but two they are.
+    tied = largest_columns(scores, 2)
+    assert tied[0].tolist() == [1, 3]
+    assert tied[1, 1] == 3
+    assert tied[1, 0] < 3
+    assert largest_columns(scores, 4).tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_dropped_positives_leave_the_denominator() -> None:
+    """Only those of the class that were not drawn; and the mask must be given."""
+    key, queue, v = normalize(B), normalize(QUEUE), normalize(A)
+    logits = torch.cat([(v * key).sum(dim=1, keepdim=True), v @ queue.T], dim=1) / 0.2
+    drawn = torch.zeros_like(SAME)
+    for row, column in (DRAWN >= 0).nonzero().tolist():
+        drawn[row, DRAWN[row, column]] = True
+    own = torch.ones(4, 1, dtype=torch.bool)
+    positive = torch.cat([own, drawn], dim=1)
+    kept = torch.cat([own, drawn | ~SAME], dim=1)
+    below = logits.masked_fill(~kept, -torch.inf).logsumexp(dim=1, keepdim=True)
+    expected = ((below - logits) * positive).sum(dim=1) / positive.sum(dim=1)
+    value = KPositives(0.2, "drop")(A, B, QUEUE, DRAWN, same=SAME)
+    torch.testing.assert_close(value, expected.mean())
+    with pytest.raises(ValueError, match="same"):
+        KPositives(0.2, "drop")(A, B, QUEUE, DRAWN)
+
+
 def test_equalities() -> None:
     """Losses that become others."""
     unique = torch.arange(4)
     torch.testing.assert_close(coreface_of(0.0)(A, B, unique), InfoNCE(1 / 8)(A, B))
-    none = torch.zeros_like(SAME)
-    torch.testing.assert_close(KPositives(0.2)(A, B, QUEUE, SAME, none), KeyContrast(0.2)(A, B, normalize(QUEUE)))
+    none = torch.full((4, 0), -1)
+    torch.testing.assert_close(KPositives(0.2)(A, B, QUEUE, none), KeyContrast(0.2)(A, B, normalize(QUEUE)))
     torch.testing.assert_close(MixedNegatives(3, 0.2)(A, B, QUEUE), KeyContrast(0.2)(A, B, normalize(QUEUE)))
     assert float(mochi(A)) > float(MixedNegatives(3, 0.2)(A, B, QUEUE))
     torch.testing.assert_close(losses.SupCon(0.5)(torch.cat([A, B]), unique.repeat(2)), losses.NTXent(0.5)(A, B))

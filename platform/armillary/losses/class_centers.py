@@ -142,15 +142,25 @@ class PairVerification(nn.Module):
             self.slope, self.offset = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
 
     @float32_math
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """This worker's share of the mean over pairs; ``(batch, dim)`` and ``(batch,)``."""
+    def forward(self, embeddings: Tensor, labels: Tensor, *, metrics: dict[str, Tensor] | None = None) -> Tensor:
+        """This worker's share of the mean over pairs; ``(batch, dim)`` and ``(batch,)``.
+
+        ``metrics`` receives ``pairs`` of the global batch, each counted once, how many are ``active`` (their loss is
+        above 0), ``active_share`` and ``empty`` (1 for a batch without an active one).
+        """
         check_embeddings(embeddings, labels)
         columns = global_rows(embeddings)
         same = same_label(labels)
         pairs = ~self_mask(same)
         distance = self._distances(embeddings, columns)
         weight = self._weights(same, pairs, distance.dtype)
-        loss = (weight * self.pair_losses(distance, same)).sum() * collectives.world_size()
+        losses = self.pair_losses(distance, same)
+        loss = (weight * losses).sum() * collectives.world_size()
+        if metrics is not None:
+            counts = torch.stack([pairs.sum(), (pairs & (losses > 0)).sum()])
+            count, active = (collectives.all_reduce_sum(counts) // 2).to(losses.dtype)
+            metrics.update(pairs=count, active=active, active_share=active / count.clamp_min(1))
+            metrics["empty"] = (active == 0).to(losses.dtype)
         if self.training and self.distance != "cosine" and self.margin_pairs:
             self._move_margin(distance.detach(), same, weight, pairs)
         return loss

@@ -118,9 +118,11 @@ class _ColumnLoss(nn.Module):
         groups = Groups.of(anchors, keys, self.gather)
         rows, partners = anchors.new_tensor(len(anchors)), groups.partners.sum().to(anchors.dtype)
         of_same = (anchors * groups.sums).sum()
+        with_positive = global_sum((groups.partners > 0).sum(), self.gather).to(anchors.dtype)
         of_others = (anchors * groups.others).sum()
         return {
-            "anchors": global_sum((groups.partners > 0).sum(), self.gather).to(anchors.dtype),
+            "anchors": with_positive,
+            "empty": (with_positive == 0).to(anchors.dtype),
             "positives_per_anchor": global_mean(partners, rows, self.gather),
             "positive_cosine": global_mean(of_same, partners, self.gather),
             "negative_cosine": global_mean(of_others, rows * (groups.samples - 1) - partners, self.gather),
@@ -182,8 +184,8 @@ class SupCon(_ColumnLoss):
     def forward(self, embeddings: Tensor, labels: Tensor, *, metrics: dict[str, Tensor] | None = None) -> Tensor:
         """The loss of ``embeddings (batch, dim)`` with ``labels (batch,)``; views are stacked as samples.
 
-        ``metrics`` receives ``anchors`` (those with a positive), ``positives_per_anchor``, ``positive_cosine`` and
-        ``negative_cosine``.
+        ``metrics`` receives ``anchors`` (those with a positive), ``empty`` (1 for a batch without such an anchor),
+        ``positives_per_anchor``, ``positive_cosine`` and ``negative_cosine``.
         """
         check_embeddings(embeddings, labels)
         return self.contrast(embeddings, labels, metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from armillary.losses.blocks import Block, against_constants
+from armillary.losses.blocks import Block, Partners, against_constants
 from armillary.losses.slopes import empty_logit, exponentials_with_, with_slope
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
 
@@ -33,7 +33,7 @@ class KPositives(nn.Module):
         form: ``paper`` or ``released_code``, of the targeted loss.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range; in ``forward`` without ``same`` where that is needed.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class KPositives(nn.Module):
         queries: Tensor,
         keys: Tensor,
         queue: Tensor,
-        same: Tensor,
         drawn: Tensor,
         *,
+        same: Tensor | None = None,
         targets: Tensor | None = None,
         target: Tensor | None = None,
         metrics: dict[str, Tensor] | None = None,
@@ -67,16 +67,18 @@ class KPositives(nn.Module):
             queries: ``(batch, dim)``; only they receive a gradient.
             keys: ``(batch, dim)``.
             queue: ``(K, dim)``.
-            same: ``(batch, K)`` bool, keys of the query's class.
-            drawn: ``(batch, K)`` bool, the positives among them.
+            drawn: ``(batch, k)`` int64, columns of the queue that are the query's positives, each once; -1 for none.
+            same: ``(batch, K)`` bool, keys of the query's class; only ``unused="drop"`` looks at it, and needs it.
             targets: ``(C, dim)``.
             target: ``(batch,)`` int64, the row of ``targets`` of each query's class; -1 for none.
             metrics: receives ``positive_cosine``, of query and key, and ``positives``, drawn ones of a query.
         """
         check_embeddings(queries)
-        guard = not_a_number_guard(queries)
+        if self.unused == "drop" and same is None:
+            raise ValueError('unused="drop" needs to be told the keys of the class, same')
+        guard, taken = not_a_number_guard(queries), drawn >= 0
         v, key = normalize(queries), normalize(keys.detach()).to(queries.dtype)
-        columns, count = normalize(queue.detach()).to(v.dtype), drawn.sum(dim=1, dtype=torch.int32).to(v.dtype)
+        columns, count = normalize(queue.detach()).to(v.dtype), taken.sum(dim=1).to(v.dtype)
         place = None
         if targets is not None and target is not None:
             columns = torch.cat([columns, normalize(targets.detach()).to(v.dtype)])
@@ -85,11 +87,11 @@ class KPositives(nn.Module):
 
         def of_block(block: Block) -> tuple[Tensor, ...]:
             rows = block.rows
-            dropped = None if self.unused == "keep" else same[rows] & ~drawn[rows]
+            positives = Partners(drawn[rows].clamp_min(0), taken[rows])
+            dropped = None if same is None or self.unused == "keep" else _without(same[rows], positives)
             where = None if place is None else place[rows]
             few = weights[0][rows], weights[1][rows]
-            row, column = drawn[rows].nonzero(as_tuple=True)
-            return self._of_block(block, key[rows], (row, column), dropped, where, few)
+            return self._of_block(block, key[rows], positives, dropped, where, few)
 
         losses, positive = against_constants(of_block, v, columns)
         if metrics is not None:
@@ -111,19 +113,19 @@ class KPositives(nn.Module):
         self,
         block: Block,
         keys: Tensor,
-        positives: tuple[Tensor, Tensor],
+        positives: Partners,
         dropped: Tensor | None,
         place: Tensor | None,
         weights: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, ...]:
         """Losses, and cosines with the own key. Positives are read out of the one product with all columns."""
         cosines = (block.anchors * keys).sum(dim=1)
-        own, (each, of_target), (row, column) = cosines / self.temperature, weights, positives
+        own, (each, of_target) = cosines / self.temperature, weights
         logits = (block.anchors / self.temperature) @ block.columns.T
         with torch.no_grad():
             matrix, fixed = logits.detach(), own.detach()
-            chosen = (each * fixed).index_add_(0, row, each[row] * matrix[row, column])
-            all_weights = each.index_add(0, row, each[row]) + of_target
+            chosen = each * (fixed + positives.of(matrix, 0.0).sum(dim=1))
+            all_weights = each * (1 + positives.taken.sum(dim=1)) + of_target
             if place is not None:
                 chosen += of_target * matrix.gather(1, place)[:, 0]
             if dropped is not None:
@@ -132,11 +134,19 @@ class KPositives(nn.Module):
             losses = all_weights * (total.log() + largest) - chosen
             # Softmax minus weights, before anything is multiplied with it.
             scale = all_weights / total
-            matrix[row, column] -= (each / scale)[row]
+            matrix.scatter_add_(1, positives.columns, positives.taken * -(each / scale)[:, None])
             if place is not None:
                 matrix.scatter_add_(1, place, -(of_target / scale)[:, None])
             by_own = scale * share[:, 0] - each
         return with_slope(logits, losses, matrix, scale) + by_own * (own - fixed), cosines.detach()
+
+
+def _without(mask: Tensor, positives: Partners) -> Tensor:
+    """A copy of a ``(rows, columns)`` mask that is False at the positives."""
+    columns = mask.shape[1]
+    # Places that are not taken write into a column that is cut off again.
+    place = positives.columns.masked_fill(~positives.taken, columns)
+    return torch.nn.functional.pad(mask, (0, 1)).scatter_(1, place, False)[:, :columns]
 
 
 def uniform_targets(count: int, dim: int, temperature: float, seed: int, steps: int = 1000) -> Tensor:

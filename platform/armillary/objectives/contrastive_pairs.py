@@ -295,8 +295,8 @@ class MoCHi(MoCoV2):
         s, sq = options.pairs, options.query_pairs
         u = uniforms(sample_keys(key(_MIXTURE, self.seed, self.step), index), 3 * s + 2 * sq)
         first, second, weight, other, share = u.split([s, s, s, sq, sq], dim=1)
-        ranks = [(part.double() * count).long() for part in (first, second, other)]
-        return Mixtures(ranks[0], ranks[1], weight, ranks[2], share / 2)
+        places = [(part.double() * count).long() for part in (first, second, other)]
+        return Mixtures(places[0], places[1], weight, places[2], share / 2)
 
 
 class _EmbeddedViews(Objective):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,24 +31,26 @@ _SMALL = {
 }
 
 
-def draw_of_class(same: Tensor, order: Tensor, start: Tensor, k: int) -> Tensor:
-    """``k`` columns of each row's class, without replacement: ``(batch, K)`` bool, fewer where there are fewer.
+def draw_of_class(label: Tensor, columns: Tensor, order: Tensor, start: Tensor, k: int) -> Tensor:
+    """``k`` columns of each row's class, without replacement: ``(batch, k)`` int64, -1 where there are fewer.
 
     All columns stand in one drawn order, new in every step; a row takes k of its class in a row, from a place of its
     own. So each column is as likely as any other, without a draw for every pair.
 
     Args:
-        same: ``(batch, K)`` bool, columns of the row's class.
+        label: ``(batch,)``, each row's class.
+        columns: ``(K,)``, each column's class.
         order: ``(K,)`` int64, the drawn order.
         start: ``(batch,)`` in [0, 1), where in its class a row begins.
         k: columns wanted.
     """
-    ranked = same[:, order]
-    place = ranked.cumsum(dim=1) - 1
-    count = ranked.sum(dim=1, keepdim=True)
-    first = (start.double()[:, None] * count).long()
-    chosen = ranked & ((place - first) % count.clamp_min(1) < k)
-    return torch.zeros_like(same).scatter_(1, order.expand_as(same), chosen)
+    by_class = order[columns[order].argsort(stable=True)]
+    ascending = columns[by_class]
+    first, last = (torch.searchsorted(ascending, label, right=right)[:, None] for right in (False, True))
+    count, turn = last - first, torch.arange(k, device=label.device)
+    begin = (start.double()[:, None] * count).long()
+    place = first + (begin + turn) % count.clamp_min(1)
+    return torch.where(turn < count, by_class[place.clamp_max(len(columns) - 1)], -1)
 
 
 @register
@@ -95,22 +97,30 @@ class KCL(MoCoV2):
         metrics: dict[str, Tensor] = {}
         queries = self.projector(self.encoder(batch.views[0]))
         keys = normalize(widen(self.teacher(batch.views[1])))
-        same = batch.label[:, None] == self.queue.column("label")[None, :]
+        drawn = self._drawn(batch)
+        loss = self.contrast(batch, queries, keys, drawn, metrics)
         self.queue.hold(self.step, keys, label=batch.label)
-        return Output(self.contrast(batch, queries, keys, same, self._drawn(batch.index, same), metrics), metrics)
+        return Output(loss, metrics)
 
     def contrast(
-        self, batch: Batch, queries: Tensor, keys: Tensor, same: Tensor, drawn: Tensor, metrics: dict[str, Tensor]
+        self, batch: Batch, queries: Tensor, keys: Tensor, drawn: Tensor, metrics: dict[str, Tensor]
     ) -> Tensor:
         """The loss of queries, keys and the queue, given its positives."""
-        loss: Tensor = self.positives(queries, keys, self.queue.rows, same, drawn, metrics=metrics)
+        return self.against_queue(batch, queries, keys, drawn, metrics=metrics)
+
+    def against_queue(self, batch: Batch, queries: Tensor, keys: Tensor, drawn: Tensor, **further: Any) -> Tensor:
+        """The loss, with targets if they are given."""
+        drop = self.hyperparameters.unused_positives == "drop"
+        same = batch.label[:, None] == self.queue.column("label")[None, :] if drop else None
+        loss: Tensor = self.positives(queries, keys, self.queue.rows, drawn, same=same, **further)
         return loss
 
-    def _drawn(self, index: Tensor, same: Tensor) -> Tensor:
-        slots = torch.arange(same.shape[1], device=index.device)
+    def _drawn(self, batch: Batch) -> Tensor:
+        label = self.queue.column("label")
+        slots = torch.arange(len(label), device=label.device)
         order = sample_keys(key(_DRAWN, self.seed, self.step), slots).argsort(stable=True)
-        start = uniforms(sample_keys(key(_DRAWN, self.seed, self.step, 1), index), 1)[:, 0]
-        return draw_of_class(same, order, start, self.hyperparameters.k)
+        start = uniforms(sample_keys(key(_DRAWN, self.seed, self.step, 1), batch.index), 1)[:, 0]
+        return draw_of_class(batch.label, label, order, start, self.hyperparameters.k)
 
 
 @register
@@ -162,17 +172,15 @@ class TSC(KCL):
         self._held = Held()
 
     def contrast(
-        self, batch: Batch, queries: Tensor, keys: Tensor, same: Tensor, drawn: Tensor, metrics: dict[str, Tensor]
+        self, batch: Batch, queries: Tensor, keys: Tensor, drawn: Tensor, metrics: dict[str, Tensor]
     ) -> Tensor:
         """The loss of queries, keys, the queue and, in the second phase, the targets."""
         known = (batch.label >= 0) & (batch.label < len(self.assignment))
         self._held.add(self.step, rows=normalize(widen(queries.detach()))[known], label=batch.label[known])
         if self.epoch < self.first_epoch:
-            return super().contrast(batch, queries, keys, same, drawn, metrics)
+            return super().contrast(batch, queries, keys, drawn, metrics)
         target = torch.where(known, self.assignment[batch.label.where(known, 0)], -1)
-        loss: Tensor = self.positives(
-            queries, keys, self.queue.rows, same, drawn, targets=self.targets, target=target, metrics=metrics
-        )
+        loss = self.against_queue(batch, queries, keys, drawn, targets=self.targets, target=target, metrics=metrics)
         reached = normalize(widen(queries.detach())) * self.targets.to(queries.dtype)[target.clamp_min(0)]
         metrics["target_cosine"] = reached.sum(dim=1).mean()
         return loss

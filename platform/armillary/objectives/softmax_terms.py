@@ -167,7 +167,7 @@ class DeepID2(ClassHeadObjective):
         metrics: dict[str, Tensor] = {}
         embeddings = self.encoder(batch.views[0])
         identification = self.loss(embeddings, batch.label, metrics=metrics)
-        verification = self.pairs(embeddings, batch.label)
+        verification = self.pairs(embeddings, batch.label, metrics=metrics)
         metrics.update(verification=verification.detach(), margin=self.pairs.margin.detach().clone())
         return Output(identification + self.hyperparameters.weight * verification, metrics)
 

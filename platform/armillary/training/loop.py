@@ -25,13 +25,14 @@ from armillary.data.loader import Batches
 from armillary.evaluation import suite
 from armillary.evaluation.grids import save_grid
 from armillary.evaluation.result import ProtocolResult
-from armillary.objectives import Batch, Objective
+from armillary.objectives import Batch, Objective, registry
 from armillary.spec.errors import UserError
 from armillary.spec.loading import digest
 from armillary.training.engine import Engine
 from armillary.training.model import TOKENIZER, save_encoder, save_head, save_projector
 from armillary.training.preflight import Plan
 from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
+from armillary.training.scarcity import mostly_empty
 from armillary.training.schedules import learning_rate
 from armillary.training.shards import read_meta, write_meta
 
@@ -94,6 +95,9 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
             with _checkpoint(engine, plan, epoch + 1) if due else _nothing() as folder:
                 if collectives.rank() == 0:
                     run.append_event(epoch + 1, metrics)
+                    found = _scarce(plan, run)
+                    if found and found[0] == epoch + 1:
+                        logger.warning("run %s: %s", run.run_id, found[1])
                 stopped = report(epoch + 1, metrics, folder) == "stop"
             if stopped:
                 break
@@ -126,17 +130,18 @@ def _execute(load_plan: Callable[[], Plan], run: RunDirectory, report: Report, r
         run.update(status="running", error=None, warnings=[])
     changes: dict[str, object]
     try:
-        outcome = train_run(load_plan(), run, report, resume_from)
+        plan = load_plan()
+        outcome = train_run(plan, run, report, resume_from)
         changes = {"status": "stopped" if outcome.stopped else "finished", "metrics": outcome.metrics}
-        changes["warnings"] = _warnings(run, outcome.metrics)
+        changes["warnings"] = _warnings(plan, run, outcome.metrics)
     except (UserError, FloatingPointError) as error:
         changes = {"status": "failed", "error": str(error)}
     changes |= {"finished": time.time(), "seconds": before.seconds + time.monotonic() - started}
     return run.update(**changes) if writes else before
 
 
-def _warnings(run: RunDirectory, metrics: Mapping[str, float]) -> list[str]:
-    """What is wrong with a run that ended well, by its last epoch's metrics and its evaluation; rank 0 logs it."""
+def _warnings(plan: Plan, run: RunDirectory, metrics: Mapping[str, float]) -> list[str]:
+    """What is wrong with a run that ended well, by its epochs and its evaluation; rank 0 logs what it did not yet."""
     reason = collapse.verdict(metrics)
     warnings = [f"collapsed: {reason}"] if reason else []
     judged = run.path / "evaluation" / suite.WARNINGS
@@ -144,7 +149,14 @@ def _warnings(run: RunDirectory, metrics: Mapping[str, float]) -> list[str]:
         warnings += judged.read_text().splitlines()
     for warning in warnings if collectives.rank() == 0 else []:
         logger.warning("run %s: %s", run.run_id, warning)
-    return warnings
+    # Was logged when it was first seen.
+    found = _scarce(plan, run)
+    return [*warnings, found[1]] if found else warnings
+
+
+def _scarce(plan: Plan, run: RunDirectory) -> tuple[int, str] | None:
+    spec = plan.job.objective
+    return mostly_empty(plan.job, registry.hyperparameters(spec.name, spec.options), run.events())
 
 
 def worker_device() -> torch.device:
