@@ -123,16 +123,22 @@ def test_a_bank_stays_on_the_host() -> None:
     assert moved[False].rows.device.type == "meta"
 
 
+def queue_of(model: nn.Sequential) -> Queue:
+    (queue,) = model
+    assert isinstance(queue, Queue)
+    return queue
+
+
 def test_a_queue_stays_on_the_host_and_is_seen_on_the_device() -> None:
     keys, labels = torch.randn(2, 3), torch.tensor([5, 6])
     kept = {host: nn.Sequential(Queue(4, (3,), columns=("label",), host=host)) for host in (True, False)}
     for host, model in kept.items():
-        queue = model.to("meta")[0]
+        queue = queue_of(model.to("meta"))
         assert queue.stored.device.type == ("cpu" if host else "meta")
         for seen in (queue.rows, queue.filled(), queue.column("label")):
             assert seen.device.type == "meta"
     # Keys arrive where the queue is; that it has moved changes nothing of what is kept.
-    queue = kept[True][0]
+    queue = queue_of(kept[True])
     queue.hold(0, keys, label=labels)
     queue.write()
     assert torch.equal(queue.stored[:2], keys)

@@ -252,7 +252,7 @@ class MoCHi(MoCoV2):
         "NeurIPS",
         "https://arxiv.org/abs/2010.01028",
     )
-    waivers: ClassVar[Mapping[str, str]] = {"gradcheck[mochi]": "what is mixed of a query is a constant"}
+    waivers: ClassVar[Mapping[str, str]] = {"gradcheck": "what is mixed of a query is a constant"}
     convergence = Convergence(
         job={
             "objective.queue_size": 256,
