@@ -90,14 +90,19 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
 def test_what_is_imported_is_declared() -> None:
     """Every third-party package that a module imports is a dependency of its own, not one that came along."""
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    # What only an extra brings is imported where it is used, not at the top of a module.
+    extra = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["graph"]}
     from importlib.metadata import packages_distributions
 
     distributions = packages_distributions()
     for path in (ROOT / "platform" / "armillary").rglob("*.py"):
         inside = path.relative_to(ROOT / "platform" / "armillary").parts[0]
-        names = set(re.findall(r"^\s*(?:from|import) ([A-Za-z_][A-Za-z0-9_]*)", path.read_text(), re.MULTILINE))
-        for name in names - set(sys.stdlib_module_names) - {"armillary"}:
+        found = set(re.findall(r"^(\s*)(?:from|import) ([A-Za-z_][A-Za-z0-9_]*)", path.read_text(), re.MULTILINE))
+        for indent, name in found:
+            if name in sys.stdlib_module_names or name == "armillary":
+                continue
             sources = {canonicalize_name(source) for source in distributions.get(name, [])}
             # The conformance suite is pytest's: whoever uses it has pytest.
-            allowed = declared | ({"pytest"} if inside == "testing" else set())
+            suite = {"pytest"} if inside == "testing" else set()
+            allowed = declared | suite | (extra if indent.strip("\n") else set())
             assert not sources or sources & allowed, f"{path} imports {name}, which pyproject.toml does not name"
