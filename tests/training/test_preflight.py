@@ -33,6 +33,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"objective__name": "supcon", "train__sample_rate": 0.1}, "train.sample_rate", "no class head"),
     ({"train__sample_rate": 0}, "train.sample_rate", "0"),
     ({"objective": {"name": "deepid2_plus", "stages": [5]}}, "objective.stages", "no earlier stage 5"),
+    ({"objective": {"name": "pcl", "clusters": [100_000]}}, "objective.clusters", "100000 clusters for"),
     ({"backbone__name": "pixels"}, "train.epochs", "nothing to train"),
 ]
 

@@ -213,16 +213,14 @@ class Objective(nn.Module):
         """The needs under these hyperparameters; override where they change them."""
         return cls.needs
 
-    @classmethod
-    def check_encoder(cls, hyperparameters: Any, encoder: nn.Module) -> None:
-        """Hook: refuses hyperparameters that the encoder, which may lie on ``meta``, does not fit, before a run starts.
+    def build(self, context: BuildContext) -> None:
+        """Makes the objective's own modules; the encoder is already ``self.encoder``.
+
+        It also runs on the device ``meta`` before a run starts, so that what it refuses is said then.
 
         Raises:
-            UserError: which one, and what the encoder allows.
+            UserError: a hyperparameter that does not fit the encoder or the data, and what they allow.
         """
-
-    def build(self, context: BuildContext) -> None:
-        """Makes the objective's own modules; the encoder is already ``self.encoder``."""
 
     def forward(self, batch: Batch) -> Output:
         """The loss of this worker's part of the batch."""

@@ -201,10 +201,14 @@ class DeepID2Plus(ClassHeadObjective):
         branch_dim: int = Field(512, ge=2, le=8192, description="width of the earlier stages' branches")
         formulation: Literal["paper", "survey"] = Field("paper", description="survey: earlier stages have no pairs")
 
-    @classmethod
-    def check_encoder(cls, hyperparameters: Any, encoder: nn.Module) -> None:
-        """Refuses stages that the encoder does not have."""
-        last, stages = len(cast(MapEncoder, encoder).stage_channels), hyperparameters.stages
+    def build(self, context: BuildContext) -> None:
+        """Makes a branch, a classifier and a pair term for every chosen stage.
+
+        Raises:
+            UserError: the encoder lacks a stage, or one is named twice.
+        """
+        options, channels = self.hyperparameters, cast(MapEncoder, self.encoder).stage_channels
+        last, stages = len(channels), options.stages
         wrong = [stage for stage in stages if not 1 <= stage < last]
         if wrong or len(set(stages)) < len(stages):
             raise UserError(
@@ -212,11 +216,6 @@ class DeepID2Plus(ClassHeadObjective):
                 key="objective.stages",
                 allowed=f"1 to {last - 1}, each once" if last > 1 else "none, as it has one stage",
             )
-
-    def build(self, context: BuildContext) -> None:
-        """Makes a branch, a classifier and a pair term for every chosen stage."""
-        self.check_encoder(self.hyperparameters, self.encoder)
-        options, channels = self.hyperparameters, cast(MapEncoder, self.encoder).stage_channels
         self.last = len(channels)
         self.early = sorted(options.stages) or list(range(1, self.last))
         self.branches = nn.ModuleList(nn.Linear(channels[stage - 1], options.branch_dim) for stage in self.early)

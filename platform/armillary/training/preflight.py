@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from armillary.components.backbones import Pixels, build_encoder, check_modality
 from armillary.components.encoders import LayeredEncoder, check_ability, check_sizes
@@ -40,18 +41,41 @@ class Plan:
 
         They are there before the objective is made, so that its teachers start as copies of them.
         """
-        objective = registry.get(self.job.objective.name)
-        hyperparameters = registry.hyperparameters(self.job.objective.name, self.job.objective.options)
-        train = self.data.train
-        _, channels, height, width = train.images.shape
-        encoder = build_encoder(self.job.backbone, in_channels=channels, image_size=(height, width))
+        train, encoder = self.data.train, self._encoder()
         if isinstance(encoder, Pixels):
             encoder.fit(mean_image(train.images)[None])
         if isinstance(encoder, LightGCN):
             encoder.connect(self.data.inputs["edges"])
         if self.job.train.init_from:
             load_initial(encoder, self.job)
-        context = BuildContext(
+        return self._objective(self._context(encoder))
+
+    def rehearse(self) -> None:
+        """Makes the objective once without memory: what it refuses is said before a run starts.
+
+        Raises:
+            UserError: a hyperparameter does not fit the encoder or the data.
+        """
+        with torch.device("meta"):
+            encoder = self._encoder()
+        context = self._context(encoder)
+        try:
+            with torch.device("meta"):
+                self._objective(context)
+        except UserError:
+            raise
+        except Exception:  # noqa: BLE001 - it is made again in earnest
+            # What needs values to be made (another run's weights, say) cannot be rehearsed, and an objective from
+            # outside may want others still: the worker makes it in earnest and says what is wrong.
+            return
+
+    def _encoder(self) -> nn.Module:
+        _, channels, height, width = self.data.train.images.shape
+        return build_encoder(self.job.backbone, in_channels=channels, image_size=(height, width))
+
+    def _context(self, encoder: nn.Module) -> BuildContext:
+        train, (_, channels, height, width) = self.data.train, self.data.train.images.shape
+        return BuildContext(
             encoder=encoder,
             embedding_dim=self.job.backbone.output_dim,
             num_classes=self.data.num_classes,
@@ -66,7 +90,11 @@ class Plan:
             class_counts=torch.bincount(train.label, minlength=self.data.num_classes),
             tables=self.data.inputs,
         )
-        return with_terms(objective(hyperparameters, context), choose_terms(self.job.objective.terms), context)
+
+    def _objective(self, context: BuildContext) -> Objective:
+        chosen = self.job.objective
+        objective = registry.get(chosen.name)(registry.hyperparameters(chosen.name, chosen.options), context)
+        return with_terms(objective, choose_terms(chosen.terms), context)
 
     def batches(self, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu") -> Batches:
         """The training batches of one worker."""
@@ -113,6 +141,7 @@ def plan(
             _check_encoder(job, needs, views, (data.train.images.shape[2], data.train.images.shape[3]))
             # Says what the data lacks, or why such batches cannot be made of it.
             ready.batches(0, job.train.workers)
+            ready.rehearse()
         return ready
 
 
@@ -178,8 +207,6 @@ def _check_encoder(job: TrainJob, needs: Needs, views: Views, size: tuple[int, i
     with torch.device("meta"):
         encoder = build_encoder(job.backbone, in_channels=1, image_size=size)
     check_ability(encoder, needs.encoder, job.objective.name, job.backbone.name)
-    options = registry.hyperparameters(job.objective.name, job.objective.options)
-    registry.get(job.objective.name).check_encoder(options, encoder)
     recipes = [views.recipe(view) for view in range(views.count or needs.views)]
     # Puzzles are cut up again by the objective that asks for them.
     seen = [output_size(recipe, *size) for recipe in recipes if not recipe.tiles]
