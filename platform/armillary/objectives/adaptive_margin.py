@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import pi
+from math import ceil, pi
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -163,10 +163,12 @@ class FairLoss(ClassHeadObjective):
     distances between and within classes. Reconstructed are its form, ``r = (D_inter' - D_inter) - (D_intra' -
     D_intra)``, and these distances: D_intra the mean cosine distance to the class's mean direction, D_inter that from
     there to the nearest other class's. The paper collects its transitions by many short trainings from one model and
-    learns the policy before the final training. Here one run does all: during the ``explore`` share of the epochs the
-    classes take random actions, after it the best ones; all transitions, of both, teach a Q-table
-    (:class:`armillary.components.margin_policy.MarginTable`). Distances are measured on the whole training set between
-    epochs. No public code exists.
+    learns the policy before the final training. Here one run does all: during the ``explore`` share of the epochs, the
+    first at least, the classes take random actions, whose transitions teach a Q-table
+    (:class:`armillary.components.margin_policy.MarginTable`); after it they take the best ones, and the table stays.
+    Rewards of those late moves would say how far training has come, since distances change most at its start: the best
+    action of a state would seem worse the longer it was taken. Distances are measured on the whole training set
+    between epochs. No public code exists.
 
     ``formulation: survey`` draws margins from a policy network instead, a linear one on the class's mean direction in
     the batch, trained on the fall of the class's loss by clipped steps
@@ -202,7 +204,9 @@ class FairLoss(ClassHeadObjective):
         start_level: int = Field(2, ge=0, le=3, description="margin that every class starts with, counted from 0")
         discount: float = Field(0.9, ge=0, le=0.99, description="gamma, worth of the next state")
         interval: int = Field(1, ge=1, le=100, description="epochs between moves of the margins")
-        explore: float = Field(0.5, ge=0, le=1, description="share of the epochs with random moves")
+        explore: float = Field(
+            0.5, ge=0, le=1, description="share of the epochs with random moves, which teach; 0: none"
+        )
         count_bins: Literal["quantiles", "edges"] = Field("quantiles", description="how image counts are binned")
         few_images: int = Field(10, ge=1, le=10**6, description="edges: up to this many images are few")
         many_images: int = Field(50, ge=1, le=10**6, description="edges: more than this many images are many")
@@ -222,7 +226,7 @@ class FairLoss(ClassHeadObjective):
         options, size = self.hyperparameters, (context.num_classes, context.embedding_dim)
         margins = [options.lowest + 0.1 * level for level in range(4)]
         self.seed, self.num_classes, self.dataset_size = context.seed, context.num_classes, context.dataset_size
-        self.explored = round(options.explore * context.epochs)
+        self.explored = ceil(options.explore * context.epochs)
         if options.formulation == "survey":
             self.loss: Any = ProbabilityArcFace(*size, options.lowest, options.scale)
             self.policy: Any = ClippedPolicy(*size, margins, options.clip)
@@ -242,14 +246,14 @@ class FairLoss(ClassHeadObjective):
     # The paper's policy: between epochs.
 
     def before_epoch(self, epoch: int, samples: Samples) -> None:
-        """Measures the classes, learns from what the last moves did, and makes the next ones."""
+        """Measures the classes, learns from what the last moves did if they were random, and makes the next ones."""
         options = self.hyperparameters
         if options.formulation == "survey" or epoch % options.interval:
             return
         intra, inter = self._distances(samples)
         state = self.policy.state(self.count_bin, thirds(intra), self.level)
         separation = (inter - intra).to(self.separation.dtype)
-        if bool((self.action >= 0).all()):
+        if epoch - options.interval < self.explored and bool((self.action >= 0).all()):
             self.policy.learn(self.state, self.action, separation - self.separation, state)
         if epoch < self.explored:
             classes = torch.arange(self.num_classes, device=state.device)
@@ -318,7 +322,8 @@ class FairLoss(ClassHeadObjective):
             self._chosen = None
 
     def epoch_metrics(self) -> dict[str, Tensor]:
-        """The mean margin over classes."""
+        """Mean and deviation of the margin over classes."""
         if self.hyperparameters.formulation == "survey":
             return {}
-        return {"class_margin": self.policy.grid[self.level].mean()}
+        margins = self.policy.grid[self.level]
+        return {"class_margin": margins.mean(), "class_margin_deviation": margins.std(correction=0)}

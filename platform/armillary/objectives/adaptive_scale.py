@@ -75,7 +75,7 @@ class P2SGradObjective(ClassHeadObjective):
     }
     catalog_id = "p2sgrad"
     convergence = Convergence(
-        margin=0.04, job={"objective.multiplier": 10, "train.epochs": 16}, reason="its gradients are small at the start"
+        margin=0.1, job={"train.epochs": 24, "optimizer.lr": 4e-3}, reason="it is slow: no softmax singles out classes"
     )
     citation = Citation(
         "Xiao Zhang, Rui Zhao, Junjie Yan, Mengya Gao, Yu Qiao, Xiaogang Wang, Hongsheng Li",
