@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +151,27 @@ def test_head_metrics() -> None:
     loss(torch.tensor([[2.0, 0.0], [3.0, 4.0], [0.6, -0.8]]), torch.tensor([0, 0, 1]), metrics=metrics)
     assert float(metrics["accuracy"]) == pytest.approx(1 / 3)
     assert float(metrics["target_cosine"]) == pytest.approx((1 + 0.6 - 0.8) / 3)
+
+
+def test_a_scale_is_logged_where_there_is_one() -> None:
+    embeddings, labels = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([0, 1])
+    rows = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+
+    def logged(loss: losses.ClassHeadLoss) -> dict[str, float]:
+        with torch.no_grad():
+            loss.weight.copy_(rows)
+        metrics: dict[str, Tensor] = {}
+        loss(embeddings, labels, metrics=metrics)
+        return {name: float(value) for name, value in metrics.items() if not name.startswith(("accuracy", "target"))}
+
+    assert logged(losses.Softmax(2, 2)) == {}
+    assert logged(losses.P2SGrad(2, 2)) == {}
+    assert logged(losses.L2Softmax(2, 2, radius=7)) == {"radius": 7}
+    assert logged(losses.ArcFace(2, 2, scale=9)) == {"scale": 9}
+    assert logged(losses.LSoftmax(2, 2, scale=9, formulation="survey")) == {"scale": 9}
+    eased: dict[str, Any] = {"annealing_start": 8.0, "annealing_speed": 1.0, "annealing_power": 1.0, "annealing_floor": 0.0}
+    assert logged(losses.LSoftmax(2, 2, **eased)) == {"scale": (5 * 2 + 2 * 1) / 2, "plain_weight": 4}
+    assert logged(losses.SphereFace(2, 2, **eased)) == {"scale": (5 + 2) / 2, "plain_weight": 4}
 
 
 def test_contrast_metrics() -> None:

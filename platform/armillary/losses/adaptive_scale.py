@@ -157,6 +157,10 @@ class P2SGrad(ClassHeadLoss):
         own = samples.similarity
         return HeadTerms(self.factor * ((own - 1).square() + others) / 2, own.detach(), samples.correct())
 
+    def monitors(self, samples: Samples) -> dict[str, Tensor]:
+        """Nothing: there are no logits to scale."""
+        return {}
+
 
 class SigmoidWeightedArcFace(ArcFace):
     """The survey's reading of P2SGrad: ArcFace whose samples weigh ``1 / (1 + exp(kappa cos_y))``.

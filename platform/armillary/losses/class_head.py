@@ -262,6 +262,10 @@ class ClassHeadLoss(nn.Module):
         """The samples' losses: softmax; for losses that are none."""
         return softmax_head_loss(self, samples)
 
+    def monitors(self, samples: Samples) -> dict[str, Tensor]:
+        """What is logged beside accuracy and similarity, by name: scalars without gradient; here the mean of s."""
+        return {"scale": self.logit_scale(samples).detach().mean()}
+
     # -------------------------------------------------------------------------------------------------------------
 
     def forward(
@@ -280,7 +284,8 @@ class ClassHeadLoss(nn.Module):
         Args:
             embeddings: ``(batch, embedding_dim)``, of any length: they are normalised here where the loss wants that.
             labels: ``(batch,)`` integers from 0.
-            metrics: receives ``accuracy`` (of the head, without the margin), ``target_<similarity>`` and ``scale``.
+            metrics: receives ``accuracy`` (of the head, without the margin), ``target_<similarity>`` and what
+                :meth:`monitors` says: ``scale``, where the logits have one.
             info: per-sample columns that the loss's rules use, each ``(batch, ...)``.
         """
         device, product_type = embeddings.device.type, None
@@ -305,7 +310,7 @@ class ClassHeadLoss(nn.Module):
         if metrics is not None:
             metrics["accuracy"] = terms.correct.to(embeddings.dtype).mean()
             metrics[f"target_{self.similarity_name}"] = terms.similarity.mean()
-            metrics["scale"] = self.logit_scale(samples).detach().mean()
+            metrics.update(self.monitors(samples))
         weight = self.sample_weight(samples)
         losses = terms.losses if weight is None else weight * terms.losses
         return losses.mean() if self.reduction == "mean" else losses.squeeze(1)
@@ -362,6 +367,10 @@ class LinearHeadLoss(ClassHeadLoss):
         rows = _rows(self, rows)
         logits = embeddings @ rows["weight"].to(embeddings.dtype).T
         return logits + rows["bias"].to(embeddings.dtype) if "bias" in rows else logits
+
+    def monitors(self, samples: Samples) -> dict[str, Tensor]:
+        """Nothing: the size of linear logits is that of rows and embeddings."""
+        return {}
 
 
 def _rows(head: ClassHeadLoss, rows: Rows | None) -> Rows:

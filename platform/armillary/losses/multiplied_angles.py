@@ -80,6 +80,11 @@ class _AnnealedMargin(ClassHeadLoss):
         weight = self.plain_weight(cosine)
         return (weight * cosine + psi(cosine, self.margin)) / (1 + weight)
 
+    def monitors(self, samples: Samples) -> dict[str, Tensor]:
+        """The mean of s, and lambda, which the survey's formulations lack."""
+        annealing = {} if self.formulation == "survey" else {"plain_weight": self.plain_weight(samples.embeddings)}
+        return {**super().monitors(samples), **annealing}
+
 
 class LSoftmax(_AnnealedMargin):
     """Large-margin softmax: free class norms, free feature norms. Liu et al., ICML 2016, arXiv 1612.02295, eqs. 4-6.
@@ -134,17 +139,26 @@ class LSoftmax(_AnnealedMargin):
         length = torch.linalg.vector_norm(rows["weight"], dim=1, keepdim=True)
         return {"similarity": similarity, "row_norm": length.to(similarity.dtype)}
 
+    def lengths(self, samples: Samples) -> Tensor:
+        """``|W_y| |x_i|``, ``(batch, 1)``."""
+        return samples.norms * samples.own["row_norm"]
+
     def target_of(self, samples: Samples) -> Tensor:
         """f_y, or psi for the survey's formulation."""
         if self.formulation == "survey":
             return self.annealed(samples.similarity)
-        lengths = samples.norms * samples.own["row_norm"]
+        lengths = self.lengths(samples)
         cosine = samples.similarity / lengths.masked_fill(lengths == 0, torch.inf)
         return lengths * self.annealed(cosine)
 
     def logit_scale(self, samples: Samples) -> Tensor:
         """1: the logits have their own scale; s for the survey's."""
         return super().logit_scale(samples) if self.formulation == "survey" else samples.embeddings.new_ones(())
+
+    def monitors(self, samples: Samples) -> dict[str, Tensor]:
+        """Lambda, and as the scale the mean of ``|W_y| |x_i|``, which stands where s does in other losses."""
+        found = super().monitors(samples)
+        return found if self.formulation == "survey" else {**found, "scale": self.lengths(samples).detach().mean()}
 
 
 class SphereFace(_AnnealedMargin):
