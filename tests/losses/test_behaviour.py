@@ -169,7 +169,12 @@ def test_a_scale_is_logged_where_there_is_one() -> None:
     assert logged(losses.L2Softmax(2, 2, radius=7)) == {"radius": 7}
     assert logged(losses.ArcFace(2, 2, scale=9)) == {"scale": 9}
     assert logged(losses.LSoftmax(2, 2, scale=9, formulation="survey")) == {"scale": 9}
-    eased: dict[str, Any] = {"annealing_start": 8.0, "annealing_speed": 1.0, "annealing_power": 1.0, "annealing_floor": 0.0}
+    eased: dict[str, Any] = {
+        "annealing_start": 8.0,
+        "annealing_speed": 1.0,
+        "annealing_power": 1.0,
+        "annealing_floor": 0.0,
+    }
     assert logged(losses.LSoftmax(2, 2, **eased)) == {"scale": (5 * 2 + 2 * 1) / 2, "plain_weight": 4}
     assert logged(losses.SphereFace(2, 2, **eased)) == {"scale": (5 + 2) / 2, "plain_weight": 4}
 
