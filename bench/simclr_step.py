@@ -1,10 +1,11 @@
 """A whole SimCLR step beside lightly's: two views of each image from uint8, ResNet-18, projector, loss, gradient, SGD.
 
-``OMP_NUM_THREADS=2 python bench/simclr_step.py [repetitions]``: 256 images of 32 x 32 px, float32, two threads. Both
-train timm's ResNet-18 with SimCLR's augmentation for ImageNet and NT-Xent at 0.5; lightly's views, projection head and
-loss are its own, on Pillow images in this process, as its data sets yield them without workers: worker processes would
-take the cores that the network is timed on. The network alone, the same on both sides, is nine tenths of our
-step, which bounds the ratio. Ways take turns; each one's best time counts.
+``OMP_NUM_THREADS=2 python bench/simclr_step.py [repetitions]``: 256 images of 32 x 32 px, two threads, in float32 (the
+goal) and under bfloat16 autocast (``train.precision: bf16``). Both train timm's ResNet-18 with SimCLR's augmentation for
+ImageNet and NT-Xent at 0.5; lightly's views, projection head and loss are its own, on Pillow images in this process, as
+its data sets yield them without workers: worker processes would take the cores that the network is timed on. The network
+alone, the same on both sides, is nine tenths of our step in float32, which bounds the ratio. Ways take turns; each one's
+best time counts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def images() -> Tensor:
     return (255 * nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear")).to(torch.uint8)
 
 
-def ours(pixels: Tensor) -> Callable[[], object]:
+def ours(pixels: Tensor, half: bool = False) -> Callable[[], object]:
     """The objective ``simclr`` on ``timm/resnet18``."""
     spec = BackboneSpec(name="timm/resnet18", embedding_dim=WIDTH)
     cls = registry.get("simclr")
@@ -55,13 +56,15 @@ def ours(pixels: Tensor) -> Callable[[], object]:
         count += 1
         views = tuple(make(pixels, index, seed=0, epoch=count, view=view).pixels for view in range(2))
         optimizer.zero_grad(set_to_none=True)
-        objective(Batch(views, index)).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = objective(Batch(views, index)).loss
+        loss.backward()
         optimizer.step()
 
     return step
 
 
-def lightly(pixels: Tensor) -> Callable[[], object]:
+def lightly(pixels: Tensor, half: bool = False) -> Callable[[], object]:
     """Lightly's SimCLR, as its example trains it, on the same network."""
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
     transform = SimCLRTransform(input_size=SIDE)
@@ -73,7 +76,9 @@ def lightly(pixels: Tensor) -> Callable[[], object]:
         pairs = [transform(picture) for picture in pictures]
         views = [torch.stack(view) for view in zip(*pairs, strict=True)]
         optimizer.zero_grad(set_to_none=True)
-        loss(*(head(body(view)) for view in views)).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            value = loss(*(head(body(view)) for view in views))
+        value.backward()
         optimizer.step()
 
     return step
@@ -85,10 +90,15 @@ def main() -> int:
     report = Report("simclr_step", given.json)
     torch.manual_seed(0)
     pixels = images()
-    times = best_times({"ours": ours(pixels), "lightly": lightly(pixels)}, given.repetitions)
+    ways = {"ours": ours(pixels), "ours, bf16": ours(pixels, True)}
+    ways |= {"lightly": lightly(pixels), "lightly, bf16": lightly(pixels, True)}
+    times = best_times(ways, given.repetitions)
     for name, seconds in times.items():
-        print(f"{name:<8} {1000 * seconds:8.1f} ms a step, {BATCH / seconds:7.0f} images/s")
+        print(f"{name:<13} {1000 * seconds:8.1f} ms a step, {BATCH / seconds:7.0f} images/s")
         report.figure(f"{name}, images a second", BATCH / seconds)
+    half = times["lightly, bf16"] / times["ours, bf16"]
+    print(f"both under bf16 autocast: {half:.2f}x lightly's throughput")
+    report.figure("both under bf16 autocast, times lightly's throughput", half)
     report.goal("a SimCLR step, times lightly's throughput", times["lightly"] / times["ours"], at_least=1.5, unit="x")
     return report.finish()
 
