@@ -183,9 +183,10 @@ class Objective(nn.Module):
 
     The module holds the whole training graph, encoder included, so that an engine wraps exactly one thing.
     ``waivers`` names checks of the conformance suite that cannot hold for the method, with the reason (``gradcheck``,
-    or ``gradcheck[name-option=value]`` where only that option breaks it); ``convergence`` says how the suite shows that
-    it learns. ``epoch`` and ``step`` (over the whole run) count from 0 and are set by the
-    platform before each forward pass, so that schedules are functions of them and resume by themselves.
+    or ``gradcheck[name-option=value]`` where only that case breaks it, ``gradcheck[option=value]`` for all cases in
+    which the option has that value); ``convergence`` says how the suite shows that it learns. ``epoch`` and ``step``
+    (over the whole run) count from 0 and are set by the platform before each forward pass, so that schedules are
+    functions of them and resume by themselves.
 
     What a worker draws at random must depend on ``batch.index``, ``step`` and the seed alone
     (:mod:`armillary.components.counter`), and state that lasts (queues, centres, banks) is kept in buffers that are the

@@ -24,7 +24,7 @@ from armillary.objectives.base import Batch, BuildContext, Citation, Convergence
 from armillary.objectives.base import Hyperparameters as Base
 from armillary.objectives.bases import ProjectedViewsObjective
 from armillary.objectives.contrastive import ProjectionHyperparameters
-from armillary.objectives.queue_contrastive import MoCoV2
+from armillary.objectives.queue_contrastive import SHUFFLED_WAIVER, MoCoV2
 from armillary.objectives.registry import register
 
 _NOISE, _MIXTURE = 71, 72
@@ -252,7 +252,10 @@ class MoCHi(MoCoV2):
         "NeurIPS",
         "https://arxiv.org/abs/2010.01028",
     )
-    waivers: ClassVar[Mapping[str, str]] = {"gradcheck": "what is mixed of a query is a constant"}
+    waivers: ClassVar[Mapping[str, str]] = {
+        "gradcheck": "what is mixed of a query is a constant",
+        **SHUFFLED_WAIVER,
+    }
     convergence = Convergence(
         job={
             "objective.queue_size": 256,
@@ -284,9 +287,7 @@ class MoCHi(MoCoV2):
     def forward(self, batch: Batch) -> Output:
         """The loss of the first view's queries with the second view's keys."""
         metrics: dict[str, Tensor] = {}
-        queries = self.projector(self.encoder(batch.views[0]))
-        keys = normalize(widen(self.teacher(batch.views[1])))
-        self.queue.hold(self.step, keys)
+        queries, keys = self.queries_and_keys(batch)
         mixtures = self._drawn(batch.index) if self.epoch >= self.hyperparameters.warmup_epochs else None
         return Output(self.mixing(queries, keys, self.queue.rows, mixtures, metrics=metrics), metrics)
 

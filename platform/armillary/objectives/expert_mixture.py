@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -14,9 +17,9 @@ from armillary.components.schedules import Schedule
 from armillary.components.teacher import Teacher
 from armillary.losses.cluster_contrast import expert_log_likelihoods, mixture_loss
 from armillary.losses.tensors import normalize, widen
-from armillary.objectives import base
 from armillary.objectives.base import Batch, BuildContext, Citation, Convergence, Needs, Output, Samples
 from armillary.objectives.bases import Export, Exports
+from armillary.objectives.queue_contrastive import SHUFFLED_WAIVER, NormHyperparameters, shuffled_keys
 from armillary.objectives.registry import register
 
 
@@ -78,7 +81,7 @@ class MiCE(Exports):
     ``pi = softmax(omega.g / kappa)`` towards fixed directions omega as far apart as can be, likelihoods
     :func:`armillary.losses.cluster_contrast.expert_log_likelihoods`. The experts' centres mu learn by gradient and are
     put, before every epoch, to the mean direction of the keys their experts won; one that won none stays. Views: the
-    student's, the teacher's, the gate's. kappa and tau are one temperature.
+    student's, the teacher's, the gate's. kappa and tau are one temperature. Keys are shuffled as MoCo's are.
     """
 
     name = "mice"
@@ -104,10 +107,12 @@ class MiCE(Exports):
         },
     )
 
+    waivers: ClassVar[Mapping[str, str]] = SHUFFLED_WAIVER
+
     directions: Tensor
 
-    class Hyperparameters(base.Hyperparameters):
-        """Experts, queue, momentum, heads."""
+    class Hyperparameters(NormHyperparameters):
+        """Experts, queue, momentum, heads, batch norm."""
 
         experts: int = Field(10, ge=2, le=1000, description="K, experts: one a cluster")
         temperature: float = Field(1.0, ge=0.01, le=10, description="tau and kappa")
@@ -123,6 +128,8 @@ class MiCE(Exports):
         count, dim = options.experts, options.projection_dim
         self.experts = Projector(context.embedding_dim, options.projection_hidden, count * dim, 2, norm=False)
         self.gate = Projector(context.embedding_dim, options.projection_hidden, dim, 2, norm=False)
+        self.make_keys = shuffled_keys(options, context)
+        self.make_keys.convert(self.encoder, self.experts)
         momentum = Schedule(options.momentum, options.momentum, 0, "constant")
         self.teacher = Teacher(self, ("encoder", "experts"), momentum)
         self.queue = Queue(options.queue_size, (count, dim))
@@ -138,10 +145,11 @@ class MiCE(Exports):
         """Minus the mean log likelihood."""
         options = self.hyperparameters
         shape = (len(batch.index), options.experts, options.projection_dim)
-        student, teacher, gating = batch.views
+        student, _, gating = batch.views
+        (made,) = self.make_keys(self.teacher, batch.views[1:2], batch.index, self.step)
         embeddings = self.encoder(torch.cat([student, gating]))
         own, other = embeddings.chunk(2)
-        keys = normalize(widen(self.teacher(teacher)).view(shape))
+        keys = normalize(widen(made).view(shape))
         gate = normalize(widen(self.gate(other)))
         logits = gate @ self.directions.to(gate.dtype).T / options.temperature
         likelihoods = expert_log_likelihoods(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -95,8 +94,7 @@ class KCL(MoCoV2):
     def forward(self, batch: Batch) -> Output:
         """The loss of the first view's queries with the second view's keys."""
         metrics: dict[str, Tensor] = {}
-        queries = self.projector(self.encoder(batch.views[0]))
-        keys = normalize(widen(self.teacher(batch.views[1])))
+        queries, keys = self.query_and_key(batch)
         drawn = self._drawn(batch)
         loss = self.contrast(batch, queries, keys, drawn, metrics)
         self.queue.hold(self.step, keys, label=batch.label)
@@ -142,7 +140,6 @@ class TSC(KCL):
         "CVPR",
         "https://arxiv.org/abs/2111.13998",
     )
-    waivers: ClassVar[Mapping[str, str]] = {}
     convergence = Convergence(job=_SMALL | {"objective.start_share": 0.25})
 
     targets: Tensor

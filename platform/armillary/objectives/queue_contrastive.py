@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from armillary.components.heads import Projector
 from armillary.components.queue import Queue
 from armillary.components.schedules import Schedule
+from armillary.components.shuffled_keys import ShuffledKeys
 from armillary.components.teacher import Teacher
 from armillary.losses.key_contrast import BatchKeyContrast, KeyContrast
 from armillary.losses.tensors import normalize, widen
@@ -27,7 +28,20 @@ def _temperature(default: float) -> float:
     return value
 
 
-class QueueHyperparameters(base.Hyperparameters):
+class NormHyperparameters(base.Hyperparameters):
+    """The batch norm of methods whose keys are shuffled."""
+
+    batch_norm: Literal["shuffled", "sync"] = Field(
+        "shuffled", description="keys are normalised in other company than their queries, or all of a batch together"
+    )
+    norm_samples: int = Field(32, ge=2, le=65536, description="shuffled: samples normalised together; a GPU's share")
+
+
+# Which samples stand beside each other is what shuffling is about.
+SHUFFLED_WAIVER = {"batch_order[batch_norm=shuffled]": "queries are normalised together with their neighbours"}
+
+
+class QueueHyperparameters(NormHyperparameters):
     """What the methods with a queue have in common."""
 
     temperature: float = _temperature(0.2)
@@ -38,6 +52,11 @@ class QueueHyperparameters(base.Hyperparameters):
     export: Export = Field("student", description="whose encoder is evaluated and kept; teacher: the keys'")
 
 
+def shuffled_keys(options: NormHyperparameters, context: BuildContext) -> ShuffledKeys:
+    """What makes the keys under these options."""
+    return ShuffledKeys(options.norm_samples if options.batch_norm == "shuffled" else 0, context.seed)
+
+
 _SMALL = {"objective.queue_size": 256, "objective.momentum": 0.99, "objective.projection_dim": 64}
 
 
@@ -46,10 +65,17 @@ class MomentumQueueObjective(Exports):
 
     A step in the paper's order: keys by the teacher as it is, the loss against the old queue, the optimizer, then here
     the teacher moves and the keys enter the queue. The released code moves the teacher at the start of the next step
-    instead, with the same keys. In place of shuffled batch norm, statistics run over all workers.
+    instead, with the same keys.
+
+    ``batch_norm: shuffled``, the papers' way, normalises ``norm_samples`` at a time and the keys in other company than
+    their queries: the negatives are of earlier batches, and statistics that queries and keys of a batch have in common
+    would tell the key from them (:mod:`armillary.components.shuffled_keys`). ``sync`` has them in common, over all
+    workers. The default is the papers', and N workers still equal one where a worker's share of the batch is a multiple
+    of ``norm_samples``; a smaller share is normalised as a whole, as on a GPU of the papers.
     """
 
     family = "contrastive_views"
+    waivers: ClassVar[Mapping[str, str]] = SHUFFLED_WAIVER
 
     def make_projector(self, context: BuildContext) -> nn.Module:
         """The head behind the encoder."""
@@ -59,6 +85,8 @@ class MomentumQueueObjective(Exports):
         """Makes projector, key encoder, queue and loss."""
         options = self.hyperparameters
         self.projector = self.make_projector(context)
+        self.make_keys = shuffled_keys(options, context)
+        self.make_keys.convert(self.encoder, self.projector)
         momentum = Schedule(options.momentum, options.momentum, 0, "constant")
         self.teacher = Teacher(self, ("encoder", "projector"), momentum)
         self.queue = Queue(options.queue_size, (options.projection_dim,), host=options.queue_host)
@@ -72,9 +100,14 @@ class MomentumQueueObjective(Exports):
 
     def queries_and_keys(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The first view's projections and the teacher's of the second, of unit length; keys wait for the queue."""
-        keys = normalize(widen(self.teacher(batch.views[1])))
+        queries, keys = self.query_and_key(batch)
         self.queue.hold(self.step, keys)
-        return self.projector(self.encoder(batch.views[0])), keys
+        return queries, keys
+
+    def query_and_key(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same, and nothing waits."""
+        (keys,) = self.make_keys(self.teacher, batch.views[1:], batch.index, self.step)
+        return self.projector(self.encoder(batch.views[0])), normalize(widen(keys))
 
     def after_step(self, step: int) -> None:
         """Moves the key encoder, puts the step's keys into the queue."""
@@ -267,7 +300,8 @@ class LooC(Exports):
     )
     needs = Needs(views=4, recipe="looc", components=("projector", "teacher", "queue"))
     waivers: ClassVar[Mapping[str, str]] = {
-        "learns": "thirty steps do not tell apart an image's three keys by an encoder that was never trained"
+        "learns": "thirty steps do not tell apart an image's three keys by an encoder that was never trained",
+        **SHUFFLED_WAIVER,
     }
     convergence = Convergence(
         margin=0.02,
@@ -286,6 +320,8 @@ class LooC(Exports):
         options = self.hyperparameters
         self.spaces = self.needs.views - 1
         self.heads = _Heads(self.spaces, context.embedding_dim, options.projection_hidden, options.projection_dim)
+        self.make_keys = shuffled_keys(options, context)
+        self.make_keys.convert(self.encoder, self.heads)
         momentum = Schedule(options.momentum, options.momentum, 0, "constant")
         self.teacher = Teacher(self, ("encoder", "heads"), momentum)
         self.queue = Queue(options.queue_size, (self.spaces, options.projection_dim), host=options.queue_host)
@@ -296,7 +332,8 @@ class LooC(Exports):
         metrics: dict[str, Tensor] = {}
         queries = self.heads(self.encoder(batch.views[0]))
         # (batch, keys, spaces, dim)
-        keys = normalize(widen(torch.stack(self.teacher(torch.cat(batch.views[1:])).chunk(self.spaces), dim=1)))
+        made = self.make_keys(self.teacher, batch.views[1:], batch.index, self.step)
+        keys = normalize(widen(torch.stack(made, dim=1)))
         terms = []
         for space in range(self.spaces):
             others = [key for key in range(self.spaces) if key != space] if space else []

@@ -20,6 +20,7 @@ import torch
 
 from armillary.components import collapse
 from armillary.evaluation import suite
+from armillary.evaluation.extract import extract
 from armillary.objectives import Objective, registry
 from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import apply_overrides, parse_override
@@ -51,7 +52,8 @@ class Learned:
 
     ``untrained`` and ``trained`` are the metric before and after; ``first`` and ``last`` the means, over their epochs,
     of what the objective says must fall, or of the loss; ``collapsed`` says why the last epoch's embeddings or
-    prototypes count as collapsed, by the objective's own monitor; ``seconds`` is what the training took of one core.
+    prototypes count as collapsed, by the objective's own monitor, or the trained encoder's embeddings of the held-out
+    images; ``seconds`` is what the training took of one core.
     """
 
     untrained: float
@@ -97,9 +99,8 @@ def converge(cls: type[Objective], changes: Mapping[str, Any] | None = None) -> 
     seconds = time.process_time() - start
     name = cls.convergence.falls or "loss"
     falls = [epoch[name] for epoch in epochs if name in epoch]
-    return Learned(
-        before, judge(objective, ready), falls[0], falls[-1], collapse.verdict(epochs[-1], prefix=""), seconds
-    )
+    collapsed = collapse.verdict(epochs[-1], prefix="") or collapsed_on_held_out(objective, ready)
+    return Learned(before, judge(objective, ready), falls[0], falls[-1], collapsed, seconds)
 
 
 def judge(objective: Objective, ready: Plan) -> float:
@@ -107,6 +108,18 @@ def judge(objective: Objective, ready: Plan) -> float:
     spec = ready.job.evaluate
     results = suite.evaluate_encoder(objective.exported(), ready.data, spec.protocols, seed=ready.job.seed)
     return suite.metrics_of(results)[objective.convergence.metric]
+
+
+def collapsed_on_held_out(objective: Objective, ready: Plan) -> str | None:
+    """Why the exported encoder's embeddings of the held-out images count as collapsed; ``None`` where they do not.
+
+    Not every objective watches its embeddings, and one that does sees the student in training, not what is kept.
+    """
+    if objective.needs.modality not in ("image", "image_text"):
+        return None
+    monitor = collapse.CollapseMonitor()
+    monitor.update(extract(objective.exported(), ready.data.evaluation.images))
+    return collapse.verdict({name: float(value) for name, value in monitor.metrics().items()}, prefix="")
 
 
 def fit(objective: Objective, ready: Plan) -> list[dict[str, float]]:

@@ -65,7 +65,9 @@ class ObjectiveSuite:
     def _waived(self, request: pytest.FixtureRequest) -> None:
         if "case" in request.fixturenames:
             case, check = request.getfixturevalue("case"), request.node.originalname.removeprefix("test_")
-            reason = case.cls.waivers.get(check) or case.cls.waivers.get(f"{check}[{case}]")
+            values = tiny.hyperparameters(case.cls, case.options).model_dump()
+            which = ["", f"[{case}]", *(f"[{name}={value}]" for name, value in values.items())]
+            reason = next(filter(None, (case.cls.waivers.get(check + part) for part in which)), None)
             if reason:
                 request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 

@@ -62,6 +62,7 @@ SMALL = {
     "horizon": 2,
     "frozen_steps": 0,
     "clusters": (4, 2),
+    "norm_samples": 6,
 }
 
 
