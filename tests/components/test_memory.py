@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from torch import Tensor, nn
 from armillary import collectives
 from armillary.components.bank import MemoryBank, encode_all, gather_by_index
 from armillary.components.center import Center
+from armillary.components.held import HostBuffers
 from armillary.components.queue import Queue
-from armillary.objectives import Batch
+from armillary.losses.instances import cosines_at
+from armillary.losses.tensors import normalize
+from armillary.objectives import Batch, registry
+from armillary.testing import steps
 from armillary.testing.gloo_pool import shared_pool
 
 gloo = pytest.mark.xdist_group("gloo")
@@ -117,10 +122,53 @@ def test_a_bank_against_a_loop() -> None:
     torch.testing.assert_close(bank.lookup(torch.tensor([4, 0])), slow[[4, 0]])
 
 
-def test_a_bank_stays_on_the_host() -> None:
-    moved = {host: nn.Sequential(MemoryBank(4, (2,), host=host)).to("meta")[0] for host in (True, False)}
-    assert moved[True].rows.device.type == "cpu"
-    assert moved[False].rows.device.type == "meta"
+def test_a_bank_stays_on_the_host_and_is_seen_on_the_device() -> None:
+    kept = {host: nn.Sequential(MemoryBank(4, (2,), host=host)) for host in (True, False)}
+    start = kept[True][0].stored.clone()
+    for host, model in kept.items():
+        bank = model.to("meta")[0]
+        assert bank.stored.device.type == ("cpu" if host else "meta")
+        assert bank.rows.device.type == bank.written.device.type == "meta"
+        index = torch.tensor([3, 1], device="meta")
+        if not host:
+            assert bank.lookup(index).device.type == bank.known(index).device.type == "meta"
+    # Rows arrive where the bank is, and those that are asked for where the index is.
+    bank, rows, index = kept[True][0], normalize(torch.randn(2, 2)), torch.tensor([3, 1])
+    bank.hold(0, index, rows)
+    bank.write(momentum=0.5)
+    assert torch.equal(bank.lookup(index), normalize(torch.lerp(rows, start[index], 0.5)))
+    assert bank.known(torch.arange(4)).tolist() == [False, True, False, True]
+    places = torch.tensor([[0, 3], [1, 1]])
+    assert cosines_at(torch.randn(2, 2, device="meta"), bank.stored, places.to("meta")).device.type == "meta"
+    beside = MemoryBank(4, (2,), host=True).double()
+    assert beside.rows.dtype == torch.float64
+    assert beside.rows.data_ptr() == beside.stored.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "options"),
+    [
+        ("instadisc", "bank_host", {"estimator": "noise"}),
+        ("instadisc", "bank_host", {"estimator": "softmax"}),
+        ("pirl", "bank_host", {}),
+        ("spcl", "bank_host", {}),
+        ("arb", "bank_host", {"formulation": "survey"}),
+        ("swav", "queue_host", {"queue_size": 16, "queue_start": 0}),
+        ("mice", "queue_host", {}),
+        ("nce", "queue_host", {}),
+    ],
+)
+def test_where_rows_are_kept_changes_no_bit(name: str, option: str, options: dict[str, Any]) -> None:
+    traces = [
+        steps.train_case(steps.Case(registry.get(name), {**options, option: host}), 3, torch.float32)
+        for host in (True, False)
+    ]
+    objective = steps.Case(registry.get(name), {**options, option: True}).build()
+    assert any(module.host for module in objective.modules() if isinstance(module, HostBuffers))
+    assert traces[0].losses == traces[1].losses
+    for found, expected in ((traces[0].gradients, traces[1].gradients), (traces[0].buffers, traces[1].buffers)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def queue_of(model: nn.Sequential) -> Queue:

@@ -27,28 +27,41 @@ class MemoryBank(HostBuffers):
         size: number of rows, ``BuildContext.dataset_size``.
         shape: of one row.
         start: ``random`` unit vectors, or ``zeros``.
-        host: keeps the rows in main memory whatever device the rest is on; lookups then copy.
+        host: keeps the rows in main memory whatever device the rest is on; what is used of them is copied there.
 
     Attributes:
-        rows: ``(size, *shape)``.
-        written: ``(size,)`` bool.
+        stored: ``(size, *shape)``, where the rows are kept.
     """
 
-    rows: Tensor
-    written: Tensor
+    stored: Tensor
+    marks: Tensor
 
     def __init__(
         self, size: int, shape: Sequence[int], start: Literal["random", "zeros"] = "random", host: bool = False
     ) -> None:
         super().__init__(host)
         rows = normalize(torch.randn(size, *shape)) if start == "random" else torch.zeros(size, *shape)
-        self.register_buffer("rows", rows)
-        self.register_buffer("written", torch.zeros(size, dtype=torch.bool))
+        self.register_buffer("stored", rows)
+        self.register_buffer("marks", torch.zeros(size, dtype=torch.bool))
         self._held = Held()
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows ``(size, *shape)``, on the device of the rest of the model."""
+        return self._near(self.stored)
+
+    @property
+    def written(self) -> Tensor:
+        """``(size,)`` bool: the rows that were written, on that device."""
+        return self._near(self.marks)
 
     def lookup(self, index: Tensor) -> Tensor:
         """The rows ``(len(index), *shape)`` of samples, on the index's device; a copy."""
-        return self.rows[index.to(self.rows.device)].to(index.device)
+        return self.stored[index.to(self.stored.device)].to(index.device)
+
+    def known(self, index: Tensor) -> Tensor:
+        """Whether the rows of samples were written, ``(len(index),)`` bool, on the index's device."""
+        return self.marks[index.to(self.marks.device)].to(index.device)
 
     def hold(self, step: int, index: Tensor, rows: Tensor) -> None:
         """Sets this worker's rows ``(batch, *shape)`` of samples ``index (batch,)`` aside for :meth:`write`."""
@@ -63,21 +76,23 @@ class MemoryBank(HostBuffers):
             unit_length: scales what is written to length 1.
         """
         held = self._held.take()
-        if not held:
-            return
-        index = gather_no_grad(held["index"]).to(self.rows.device)
-        rows = gather_no_grad(held["rows"]).to(self.rows.device, self.rows.dtype)
-        index, last = _last_of_each(index)
-        mixed = torch.lerp(rows[last], self.rows[index], momentum)
-        self.rows[index] = normalize(mixed) if unit_length else mixed
-        self.written[index] = True
+        if held:
+            self.mix(gather_no_grad(held["index"]), gather_no_grad(held["rows"]), momentum, unit_length)
+
+    @torch.no_grad()
+    def mix(self, index: Tensor, rows: Tensor, momentum: float = 0.0, unit_length: bool = True) -> None:
+        """What :meth:`write` does, with rows ``(n, *shape)`` that are equal on all workers."""
+        index, last = _last_of_each(index.to(self.stored.device))
+        mixed = torch.lerp(rows.to(self.stored.device, self.stored.dtype)[last], self.stored[index], momentum)
+        self.stored[index] = normalize(mixed) if unit_length else mixed
+        self.marks[index] = True
 
     @torch.no_grad()
     def refresh(self, rows: Tensor, seen: Tensor) -> None:
         """Replaces the rows of the samples that a pass over the data has seen; see :func:`encode_all`."""
-        seen = seen.to(self.rows.device)
-        self.rows[seen] = rows.to(self.rows.device, self.rows.dtype)[seen]
-        self.written |= seen
+        seen = seen.to(self.stored.device)
+        self.stored[seen] = rows.to(self.stored.device, self.stored.dtype)[seen]
+        self.marks |= seen
 
 
 def _last_of_each(index: Tensor) -> tuple[Tensor, Tensor]:

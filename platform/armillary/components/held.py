@@ -53,6 +53,10 @@ class HostBuffers(nn.Module):
         super().__init__()
         self.host, self.device = host, torch.get_default_device()
 
+    def _near(self, kept: Tensor) -> Tensor:
+        """A buffer, or what was made of one, where the rest of the model is."""
+        return kept.to(self.device) if self.host else kept
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
         super()._apply(fn, recurse)

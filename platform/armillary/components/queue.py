@@ -74,9 +74,6 @@ class Queue(HostBuffers):
         """The numbers ``(capacity,)`` int64 kept with the keys."""
         return self._near(self.get_buffer(_column(name)))
 
-    def _near(self, kept: Tensor) -> Tensor:
-        return kept.to(self.device) if self.host else kept
-
     def hold(self, step: int, keys: Tensor, **columns: Tensor) -> None:
         """Sets this worker's keys ``(batch, *shape)`` and their numbers aside for :meth:`write`."""
         if set(columns) != set(self.columns):

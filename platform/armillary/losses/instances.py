@@ -28,11 +28,12 @@ def log_complement(log_probability: Tensor) -> Tensor:
 def cosines_at(vectors: Tensor, rows: Tensor, places: Tensor) -> Tensor:
     """Products of ``vectors (batch, dim)`` with the ``rows (n, dim)`` at ``places (batch, m)``: ``(batch, m)``.
 
-    Through all products or through copies of the rows, whichever takes less memory.
+    Through all products or through copies of the rows, whichever takes less memory. The rows may lie on another device
+    than the vectors; what is used of them is copied.
     """
     if len(rows) <= places.shape[1] * vectors.shape[1]:
-        return (vectors @ rows.T).gather(1, places)
-    return torch.einsum("bd,bmd->bm", vectors, rows[places])
+        return (vectors @ rows.to(vectors.device).T).gather(1, places)
+    return torch.einsum("bd,bmd->bm", vectors, rows[places.to(rows.device)].to(vectors.device))
 
 
 class NonParametricSoftmax(nn.Module):

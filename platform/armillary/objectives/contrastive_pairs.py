@@ -155,13 +155,14 @@ class NCEObjective(ProjectedViewsObjective):
         learn_log_z: bool = Field(True, description="train the log-partition; otherwise it stays at its start")
         temperature: float = Field(0.07, ge=0.005, le=10, description="divides the cosines; 0.2 suits small images")
         queue_size: int = Field(4096, ge=1, le=1_048_576, description="K, keys of earlier steps")
+        queue_host: bool = Field(False, description="keep the queue in main memory; costs a copy a step")
 
     def build(self, context: BuildContext) -> None:
         """Makes projector, queue, log-partition and loss."""
         super().build(context)
         options = self.hyperparameters
         self.seed, self.loss = context.seed, NCE()
-        self.queue = Queue(options.queue_size, (options.projection_dim,))
+        self.queue = Queue(options.queue_size, (options.projection_dim,), host=options.queue_host)
         # A product of random unit vectors is nearly normal with variance 1 / dim.
         start = torch.tensor([1 / (2 * options.projection_dim * options.temperature**2)])
         self.log_z = nn.Parameter(start, requires_grad=options.learn_log_z)

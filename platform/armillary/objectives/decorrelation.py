@@ -140,6 +140,7 @@ class ARB(ProjectedViewsObjective):
         shuffle: bool = Field(True, description="deal the channels into groups anew every step")
         shrink: float = Field(1e-4, ge=0, le=1, description="weight of the identity in the covariance; small data 0.01")
         formulation: Literal["paper", "survey"] = Field("paper", description="survey: align with last epoch's bank")
+        bank_host: bool = Field(False, description="survey: keep the banks in main memory; costs a copy a step")
 
     def build(self, context: BuildContext) -> None:
         """Makes projector and loss; for the survey's reading two banks, last epoch's and this epoch's."""
@@ -151,7 +152,8 @@ class ARB(ProjectedViewsObjective):
         self.loss = AlignWithBase(options.groups, options.shrink)
         if options.formulation == "survey":
             self.last_epoch, self.this_epoch = (
-                MemoryBank(context.dataset_size, (options.projection_dim,), start="zeros") for _ in range(2)
+                MemoryBank(context.dataset_size, (options.projection_dim,), start="zeros", host=options.bank_host)
+                for _ in range(2)
             )
 
     def before_epoch(self, epoch: int, samples: Samples) -> None:
@@ -175,7 +177,7 @@ class ARB(ProjectedViewsObjective):
 
     @float32_math
     def _bank_distance(self, view: Tensor, other: Tensor, index: Tensor) -> Tensor:
-        known = self.last_epoch.written[index.to(self.last_epoch.written.device)].to(index.device)[:, None]
+        known = self.last_epoch.known(index)[:, None]
         base = torch.where(known, self.last_epoch.lookup(index).to(view.dtype), normalize(other.detach()))
         return (normalize(view) - base).square().sum(dim=1).mean()
 

@@ -35,7 +35,7 @@ class BankObjective(Objective):
         options = self.hyperparameters
         self.seed = context.seed
         self.projector = Projector(context.embedding_dim, 0, options.projection_dim, 1, norm=False)
-        self.bank = MemoryBank(context.dataset_size, (options.projection_dim,))
+        self.bank = MemoryBank(context.dataset_size, (options.projection_dim,), host=options.bank_host)
 
     def counted(self) -> Tensor:
         """``(dataset_size,)`` bool: the rows that stand for images of the training part."""
@@ -77,7 +77,7 @@ class InstaDisc(BankObjective):
     )
     needs = Needs(views=1, recipe="moco_v1", components=("projector", "memory_bank"))
     waivers: ClassVar[Mapping[str, str]] = {
-        "gradcheck[instadisc]": "the first batch's normaliser is a constant, and finite differences move it"
+        "gradcheck[estimator=noise]": "the first batch's normaliser is a constant, and finite differences move it"
     }
     convergence = Convergence(
         margin=0.07,
@@ -97,6 +97,7 @@ class InstaDisc(BankObjective):
         bank_samples: int = Field(4096, ge=1, le=1_048_576, description="m, rows drawn as noise")
         memory_momentum: float = Field(0.5, ge=0, le=1, description="mu, share of the old row that is kept")
         proximal: float = Field(30.0, ge=0, le=1000, description="lambda, weight of the distance to the old row")
+        bank_host: bool = Field(False, description="keep the bank in main memory; costs a copy a step")
         projection_dim: int = Field(128, ge=2, le=8192, description="width of the rows")
 
     def build(self, context: BuildContext) -> None:
@@ -117,16 +118,16 @@ class InstaDisc(BankObjective):
     @float32_math
     def _loss(self, projections: Tensor, index: Tensor, metrics: dict[str, Tensor]) -> Tensor:
         options = self.hyperparameters
-        vectors, rows = normalize(projections), self.bank.rows
+        vectors = normalize(projections)
         own = self.bank.lookup(index)
         self.bank.hold(self.step, index, vectors)
         positive = (vectors * own).sum(1)
         metrics["own_cosine"] = positive.detach().mean()
         proximal: Tensor = options.proximal * (vectors - own).square().sum(1).mean()
         if options.estimator == "softmax":
-            found: Tensor = self.loss(vectors, rows, index, self.counted())
+            found: Tensor = self.loss(vectors, self.bank.rows, index, self.counted())
         else:
-            found = self.loss(positive, cosines_at(vectors, rows, self.draw(index, options.bank_samples)))
+            found = self.loss(positive, cosines_at(vectors, self.bank.stored, self.draw(index, options.bank_samples)))
         return found + proximal
 
     def after_step(self, step: int) -> None:
@@ -162,8 +163,7 @@ class PIRL(BankObjective):
     needs = Needs(views=2, recipe="pirl", components=("projector", "memory_bank"))
     tiles: ClassVar[int] = 3
     waivers: ClassVar[Mapping[str, str]] = {
-        "gradcheck[pirl-denominator=constant]": "the first batch's normaliser is a constant, and finite differences "
-        "move it"
+        "gradcheck[denominator=constant]": "the first batch's normaliser is a constant, and finite differences move it"
     }
     convergence = Convergence(
         margin=0.04,
@@ -183,6 +183,7 @@ class PIRL(BankObjective):
         denominator: Literal["drawn", "constant"] = Field("drawn", description="of drawn rows, or of the first batch's")
         bank_samples: int = Field(32000, ge=1, le=1_048_576, description="rows drawn as negatives; 1024 for small data")
         memory_momentum: float = Field(0.5, ge=0, le=1, description="mu, share of the old row that is kept")
+        bank_host: bool = Field(False, description="keep the bank in main memory; costs a copy a step")
         projection_dim: int = Field(128, ge=2, le=8192, description="width of the rows")
 
     def build(self, context: BuildContext) -> None:
@@ -215,7 +216,7 @@ class PIRL(BankObjective):
         terms = []
         for loss, projections in zip(self.losses, (puzzle, image), strict=True):
             vectors = normalize(projections)
-            terms.append(loss((vectors * own).sum(1), cosines_at(vectors, self.bank.rows, drawn)))
+            terms.append(loss((vectors * own).sum(1), cosines_at(vectors, self.bank.stored, drawn)))
         self.bank.hold(self.step, index, normalize(widen(image)))
         metrics.update(jigsaw=terms[0].detach(), image=terms[1].detach())
         loss_of_both: Tensor = options.jigsaw_weight * terms[0] + (1 - options.jigsaw_weight) * terms[1]

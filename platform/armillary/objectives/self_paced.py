@@ -55,6 +55,7 @@ class SpCL(Objective):
 
         temperature: float = Field(0.05, ge=0.005, le=10, description="divides the cosines")
         memory_momentum: float = Field(0.2, ge=0, lt=1, description="share of the old row that the memory keeps")
+        bank_host: bool = Field(False, description="keep the bank in main memory; costs a copy a step")
         labelled_share: float = Field(0.5, ge=0, le=1, description="share of the classes whose labels are known")
         eps: float = Field(0.6, gt=0, le=1, description="DBSCAN's radius, a Jaccard distance")
         eps_gap: float = Field(0.02, ge=0, le=0.3, description="what the tight and the loose radius differ by")
@@ -67,7 +68,7 @@ class SpCL(Objective):
         options = self.hyperparameters
         self.classes = round(options.labelled_share * context.num_classes)
         self.loss = HybridMemoryLoss(options.temperature)
-        self.bank = MemoryBank(context.dataset_size, (context.embedding_dim,))
+        self.bank = MemoryBank(context.dataset_size, (context.embedding_dim,), host=options.bank_host)
         self.register_buffer("centres", normalize(torch.randn(self.classes, context.embedding_dim)))
         self.register_buffer("group", torch.arange(context.dataset_size))
         # Of the first epoch's clusters nine tenths pass; the threshold then stays. Below 0: not set yet.
@@ -121,14 +122,8 @@ class SpCL(Objective):
         if not held:
             return
         source = held["label"] < self.classes
-        self._move_rows(held["index"][~source], held["rows"][~source])
+        self.bank.mix(held["index"][~source], held["rows"][~source], self.hyperparameters.memory_momentum)
         self._move_centres(held["label"][source], held["rows"][source])
-
-    @torch.no_grad()
-    def _move_rows(self, index: Tensor, rows: Tensor) -> None:
-        old = self.bank.rows[index]
-        moved = normalize(torch.lerp(rows.to(old.dtype), old, self.hyperparameters.memory_momentum))
-        self.bank.rows[index] = moved
 
     @torch.no_grad()
     def _move_centres(self, label: Tensor, rows: Tensor) -> None:

@@ -67,6 +67,7 @@ class SwAV(Objective):
         epsilon: float = Field(0.05, ge=0.001, le=10, description="Sinkhorn's temperature, of the codes")
         iterations: int = Field(3, ge=1, le=100, description="passes of Sinkhorn")
         queue_size: int = Field(0, ge=0, le=1_048_576, description="past projections per large view; 0: none")
+        queue_host: bool = Field(False, description="keep the queues in main memory; costs copies a step")
         queue_start: int = Field(15, ge=0, le=10_000, description="epoch from which the queue is used")
         frozen_steps: int = Field(313, ge=0, le=1_000_000, description="first steps without a gradient to prototypes")
         projection_dim: int = Field(128, ge=2, le=8192, description="width of the projection")
@@ -84,7 +85,8 @@ class SwAV(Objective):
         self.projector = Projector(context.embedding_dim, options.projection_hidden, options.projection_dim, 2)
         self.prototypes = Prototypes(options.projection_dim, options.prototypes)
         size, shape = options.queue_size, (options.projection_dim,)
-        self.queues = nn.ModuleList(Queue(size, shape, start="zeros") for _ in range(2 if size else 0))
+        host = options.queue_host
+        self.queues = nn.ModuleList(Queue(size, shape, start="zeros", host=host) for _ in range(2 if size else 0))
         self.loss, self.collapse = SwappedPrediction(options.temperature), CollapseMonitor()
 
     def forward(self, batch: Batch) -> Output:
