@@ -123,17 +123,17 @@ def test_a_bank_against_a_loop() -> None:
 
 
 def test_a_bank_stays_on_the_host_and_is_seen_on_the_device() -> None:
-    kept = {host: nn.Sequential(MemoryBank(4, (2,), host=host)) for host in (True, False)}
-    start = kept[True][0].stored.clone()
-    for host, model in kept.items():
-        bank = model.to("meta")[0]
+    kept = {host: MemoryBank(4, (2,), host=host) for host in (True, False)}
+    start = kept[True].stored.clone()
+    for host, bank in kept.items():
+        nn.Sequential(bank).to("meta")
         assert bank.stored.device.type == ("cpu" if host else "meta")
         assert bank.rows.device.type == bank.written.device.type == "meta"
         index = torch.tensor([3, 1], device="meta")
         if not host:
             assert bank.lookup(index).device.type == bank.known(index).device.type == "meta"
     # Rows arrive where the bank is, and those that are asked for where the index is.
-    bank, rows, index = kept[True][0], normalize(torch.randn(2, 2)), torch.tensor([3, 1])
+    bank, rows, index = kept[True], normalize(torch.randn(2, 2)), torch.tensor([3, 1])
     bank.hold(0, index, rows)
     bank.write(momentum=0.5)
     assert torch.equal(bank.lookup(index), normalize(torch.lerp(rows, start[index], 0.5)))
