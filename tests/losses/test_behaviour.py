@@ -68,7 +68,7 @@ def test_wrong_shapes_and_options() -> None:
         losses.SupCon()(torch.randn(2, 2, 4), labels)
     with pytest.raises(ValueError, match="views differ"):
         losses.NTXent()(torch.randn(2, 4), torch.randn(3, 4))
-    with pytest.raises(ValueError, match="mining must be one of semi_hard"):
+    with pytest.raises(ValueError, match="mining must be one of all, semi_hard"):
         losses.Triplet(mining="hardest")
     with pytest.raises(ValueError, match="temperature"):
         losses.SupCon(temperature=0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from armillary import losses
 from armillary.losses.class_head import ClassHeadLoss
 from armillary.losses.contrastive import masked_cross_entropy
-from armillary.losses.tuples import euclidean
+from armillary.losses.similarities import euclidean
 
 CLASSES, DIM, SIZE = 5, 6, 12
 

@@ -15,7 +15,7 @@ SIZE, DIM = 22, 5
 SMOOTH: list[Callable[..., nn.Module]] = [
     losses.Contrastive,
     losses.LiftedStructure,
-    lambda **options: losses.MultiSimilarity(epsilon=None, **options),
+    lambda **options: losses.MultiSimilarity(mining="all", **options),
     lambda **options: losses.Triplet(0.4, "all", soft=True, **options),
 ]
 TUPLES: list[Callable[..., nn.Module]] = [

@@ -82,7 +82,7 @@ def test_n_pair(embeddings: Tensor) -> None:
 def test_multi_similarity(embeddings: Tensor, labels: Tensor) -> None:
     """With their default reducer the anchors without a loss do not dilute the mean."""
     other, miner = theirs.MultiSimilarityLoss(), miners.MultiSimilarityMiner(0.1)
-    agree(losses.MultiSimilarity(epsilon=None), other, embeddings, labels)
+    agree(losses.MultiSimilarity(mining="all"), other, embeddings, labels)
     mean = theirs.MultiSimilarityLoss(reducer=reducers.MeanReducer())
     agree(losses.MultiSimilarity(), lambda given, keys: mean(given, keys, miner(given, keys)), embeddings, labels)
 
@@ -91,7 +91,7 @@ def test_multi_similarity_counts_an_anchor_without_negatives_in_theirs(embedding
     """Unmined, theirs charges the positives of a batch of one class; ours has nothing to tell them from."""
     one = torch.zeros(SIZE, dtype=torch.long)
     assert float(theirs.MultiSimilarityLoss()(embeddings, one)) > 0
-    assert float(losses.MultiSimilarity(epsilon=None)(embeddings, one)) == 0
+    assert float(losses.MultiSimilarity(mining="all")(embeddings, one)) == 0
 
 
 def test_circle(embeddings: Tensor, labels: Tensor) -> None:

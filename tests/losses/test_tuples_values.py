@@ -44,7 +44,7 @@ CATALOG: list[tuple[nn.Module, float]] = [
     (losses.LiftedStructure(formulation="survey"), 1.29988777),
     (losses.NPair(l2_reg=0.0), 0.53630397),
     (losses.NPair(l2_reg=0.02), 0.58437064),
-    (losses.MultiSimilarity(epsilon=None), 0.24406438),
+    (losses.MultiSimilarity(mining="all"), 0.24406438),
     (losses.MultiSimilarity(epsilon=0.6), 0.1112662),
     (losses.MultiSimilarity(epsilon=0.1), 0.0),
     (losses.Circle(0.25, 4.0, "whole_batch"), 3.7104709),
@@ -226,7 +226,7 @@ def test_slow_reference(loss: nn.Module, reference: Callable[..., float], option
 
 
 def test_slow_reference_of_squared_cosine_triplets() -> None:
-    value = losses.Triplet(0.9, "all", reduction="sum", cosine=True)(double(RAW), torch.tensor(KEYS))
+    value = losses.Triplet(0.9, "all", reduction="sum", similarity="cosine")(double(RAW), torch.tensor(KEYS))
     units, total = [unit(row) for row in RAW], 0.0
     for a in range(6):
         for p in (j for j in range(6) if KEYS[j] == KEYS[a] and j != a):

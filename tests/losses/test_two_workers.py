@@ -26,6 +26,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         for reduction in ("mean_active", "mean_all", "sum")
     ),
     ("Triplet", {"squared": False}),
+    *(
+        (name, {"similarity": "cosine", "mining": mining, "reduction": "mean_active"})
+        for name in ("Contrastive", "LiftedStructure", "NPair", "MultiSimilarity", "Circle", "RangeLoss")
+        for mining in ("batch_hard", "multi_similarity")
+    ),
     ("ArcFace", {"scale": 8.0}),
     ("NormFace", {}),
     ("Softmax", {}),

@@ -88,6 +88,12 @@ class Block:
         itself = torch.arange(self.first, self.first + len(start), device=start.device)
         return Partners(column, (place < end[:, None]) & (column != itself[:, None]))
 
+    def choose(self, partners: Partners, negative: Tensor) -> Block:
+        """The same block with some of its positives and some of its negatives."""
+        chosen = replace(self)
+        vars(chosen).update(partners=partners, negative=negative)
+        return chosen
+
     def without_self(self, mask: Tensor) -> Tensor:
         """A copy of a ``(rows, columns)`` mask that is False where an anchor meets itself."""
         mask = mask.clone()

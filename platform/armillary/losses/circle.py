@@ -14,7 +14,7 @@ from armillary.losses.class_head import ClassHeadLoss, Columns
 from armillary.losses.global_batch import global_rows
 from armillary.losses.slopes import empty_logit, exponentials_, with_slope
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
-from armillary.losses.tuples import Terms, TupleLoss, cosine
+from armillary.losses.tuples import Terms, TupleLoss
 
 
 def within(similarity: Tensor, margin: float) -> Tensor:
@@ -45,6 +45,9 @@ class Circle(TupleLoss):
         form: ``per_anchor`` or ``whole_batch``; :class:`CircleHead` is the form over classes.
         reduction: of ``per_anchor``: ``mean_all``, ``mean_active`` over anchors with a loss above 0, ``sum``, ``none``.
         gather: see the other workers' samples.
+        similarity: what s is: ``cosine``, or ``euclidean``: 1 - the distance of unit vectors.
+        mining: which pairs count, ``all`` in the paper, or as of :class:`~armillary.losses.tuples.TupleLoss`.
+        epsilon: slack of the miner ``multi_similarity``, a difference of similarities.
 
     Raises:
         ValueError: an unknown option or one out of range; in ``forward`` a wrong shape.
@@ -59,15 +62,19 @@ class Circle(TupleLoss):
         form: str = "per_anchor",
         reduction: str = "mean_all",
         gather: bool = True,
+        similarity: str = "cosine",
+        mining: str = "all",
+        epsilon: float = 0.1,
     ) -> None:
-        super().__init__(True, reduction, gather)
+        super().__init__(True, reduction, gather, similarity, mining, epsilon)
         check_choice("form", form, ("per_anchor", "whole_batch"))
         _check_circle(m, gamma)
         self.m, self.gamma, self.form = m, gamma, form
 
     def logits(self, block: Block) -> tuple[Tensor, Tensor]:
         """Log-sum-exp over each anchor's positive and over its negative pairs, ``(rows,)`` each."""
-        similarity = cosine(block.anchors, block.columns)
+        similarity = self.distance.similarity(block.anchors, block.columns)
+        block = self.chosen(block)
         empty = empty_logit(similarity.dtype)
         near = block.partners.of(similarity, 1.0)
         positive = (-self.gamma * within(near, self.m)).masked_fill(~block.partners.taken, empty)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from armillary import collectives
 from armillary.losses.global_batch import global_rows, same_label, self_mask
+from armillary.losses.similarities import euclidean
 from armillary.losses.tensors import check_choice, check_embeddings, check_labels, float32_math
-from armillary.losses.tuples import euclidean
 
 
 class CenterLoss(nn.Module):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from armillary import collectives
 from armillary.losses.global_batch import global_mean, global_rows, same_label
+from armillary.losses.similarities import euclidean
 from armillary.losses.tensors import (
     check_choice,
     check_embeddings,
@@ -15,7 +16,6 @@ from armillary.losses.tensors import (
     normalize,
     not_a_number_guard,
 )
-from armillary.losses.tuples import euclidean
 
 
 def pair_distance(high: Tensor, low: Tensor) -> Tensor:

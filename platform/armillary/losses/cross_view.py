@@ -11,7 +11,7 @@ from armillary import collectives
 from armillary.losses.blocks import Block
 from armillary.losses.global_batch import global_rows
 from armillary.losses.tensors import check_embeddings, float32_math, normalize, not_a_number_guard
-from armillary.losses.tuples import Distance, Terms, TupleLoss, mined_triplets
+from armillary.losses.tuples import Terms, TupleLoss, mined_triplets
 
 
 class CrossVersionTriplet(TupleLoss):
@@ -33,14 +33,14 @@ class CrossVersionTriplet(TupleLoss):
     unit: ClassVar[str] = "triplets"
 
     def __init__(self, margin: float = 1.0, reduction: str = "mean_all", gather: bool = True) -> None:
-        super().__init__(True, reduction, gather)
+        super().__init__(True, reduction, gather, similarity="cosine", mining="batch_hard")
         if not margin >= 0:
             raise ValueError(f"margin must be at least 0, found {margin}")
         self.margin = margin
 
     def terms(self, block: Block) -> Terms:
         """One triplet a version: call the loss with the images' numbers as labels (and classes as ``apart``)."""
-        return mined_triplets(Distance(squared=False, cosine=True), "batch_hard", block, self.margin, soft=False)
+        return mined_triplets(self.distance, self.mining, block, self.margin, soft=False)
 
 
 @float32_math

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from armillary.losses.blocks import Block, against_batch
+from armillary.losses.similarities import Distance
 from armillary.losses.slopes import empty_logit, log_sum_exp_
 from armillary.losses.tensors import check_choice
-from armillary.losses.tuples import Terms, TupleLoss, euclidean
+from armillary.losses.tuples import Terms, TupleLoss
 
 
 class LiftedStructure(TupleLoss):
@@ -32,6 +34,9 @@ class LiftedStructure(TupleLoss):
         reduction: ``mean_all`` (the paper's), ``mean_active`` over pairs with a loss, ``sum`` over pairs, ``none``:
             each sample's sum, ``(batch,)``. The survey's formulation is a sum.
         gather: see the other workers' samples.
+        similarity: what D is: ``euclidean``, ``cosine`` or ``dot``; see :class:`~armillary.losses.tuples.TupleLoss`.
+        mining: which positive pairs count, and which negatives of each end; ``all`` in the paper.
+        epsilon: slack of the miner ``multi_similarity``, in the unit of D.
 
     Raises:
         ValueError: an unknown option, a negative alpha; in ``forward`` a wrong shape.
@@ -46,18 +51,23 @@ class LiftedStructure(TupleLoss):
         formulation: str = "paper",
         reduction: str | None = None,
         gather: bool = True,
+        similarity: str = "euclidean",
+        mining: str = "all",
+        epsilon: float = 0.1,
     ) -> None:
         check_choice("formulation", formulation, ("paper", "survey"))
         by_default = "mean_all" if formulation == "paper" else "sum"
-        super().__init__(normalize, reduction or by_default, gather)
+        super().__init__(normalize, reduction or by_default, gather, similarity, mining, epsilon)
         if not alpha >= 0:
             raise ValueError(f"alpha must be at least 0, found {alpha}")
         self.alpha, self.formulation = alpha, formulation
+        self.distance = Distance(similarity, squared=formulation == "survey")
 
     def negatives(self, block: Block) -> tuple[Tensor, ...]:
         """``log sum_{k in N(i)} exp(alpha - D_ik)`` of some anchors, ``(rows, 1)``."""
-        distance = euclidean(block.anchors, block.columns, squared=self.formulation == "survey")
-        logits = (self.alpha - distance).masked_fill(~block.negative, empty_logit(distance.dtype))
+        distance = self.distance.matrix(block.anchors, block.columns)
+        negative = self.chosen(block, distance.detach()).negative
+        logits = (self.alpha - distance).masked_fill(~negative, empty_logit(distance.dtype))
         return (log_sum_exp_(logits)[:, None],)
 
     def terms(self, block: Block) -> Terms:
@@ -65,11 +75,11 @@ class LiftedStructure(TupleLoss):
         (anchors, own), (columns, others) = (
             (vectors[:, :-1], vectors[:, -1]) for vectors in (block.anchors, block.columns)
         )
-        partners = block.partners
+        partners = self.chosen(replace(block, anchors=anchors, columns=columns)).partners
         pairs = torch.logaddexp(own[:, None], others[partners.columns])
         losses = pairs
         if self.formulation == "paper":
-            distance = euclidean(anchors, columns, squared=False).gather(1, partners.columns)
+            distance = self.distance.matrix(anchors, columns).gather(1, partners.columns)
             losses = 0.5 * F.relu(pairs + distance).square()
         # A pair whose both ends have no negatives is left out.
         taken = partners.taken & (pairs > empty_logit(pairs.dtype) / 2)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from armillary.losses.blocks import Block
 from armillary.losses.slopes import empty_logit, exponentials_, with_slope
-from armillary.losses.tuples import Terms, TupleLoss, cosine
+from armillary.losses.tuples import Terms, TupleLoss
 
 
 class MultiSimilarity(TupleLoss):
@@ -29,9 +29,12 @@ class MultiSimilarity(TupleLoss):
         alpha: sharpness over positives, above 0 to 1000.
         beta: sharpness over negatives, above 0 to 1000.
         lam: the cosine that both are measured from, -1 to 1.
-        epsilon: slack of the miner, a difference of cosines, 0 or more; ``None`` mines nothing.
+        epsilon: slack of the miner, a difference of cosines, 0 or more.
         reduction: ``mean_all`` over the batch, ``mean_active`` over anchors with a loss, ``sum`` or ``none``.
         gather: see the other workers' samples.
+        similarity: what S is: ``cosine``, or ``euclidean``: 1 - the distance of unit vectors.
+        mining: which pairs count, the paper's ``multi_similarity``, ``all``, or as of
+            :class:`~armillary.losses.tuples.TupleLoss`.
 
     Raises:
         ValueError: an unknown option or one out of range; in ``forward`` a wrong shape.
@@ -44,33 +47,33 @@ class MultiSimilarity(TupleLoss):
         alpha: float = 2.0,
         beta: float = 50.0,
         lam: float = 0.5,
-        epsilon: float | None = 0.1,
+        epsilon: float = 0.1,
         reduction: str = "mean_all",
         gather: bool = True,
+        similarity: str = "cosine",
+        mining: str = "multi_similarity",
     ) -> None:
-        super().__init__(True, reduction, gather)
+        super().__init__(True, reduction, gather, similarity, mining, epsilon)
         if not (alpha > 0 and beta > 0):
             raise ValueError(f"alpha and beta must be above 0, found {alpha} and {beta}")
-        if epsilon is not None and not epsilon >= 0:
-            raise ValueError(f"epsilon must be at least 0, found {epsilon}")
-        self.alpha, self.beta, self.lam, self.epsilon = alpha, beta, lam, epsilon
+        self.alpha, self.beta, self.lam = alpha, beta, lam
 
     def terms(self, block: Block) -> Terms:
         """One term an anchor."""
-        similarity, partners = cosine(block.anchors, block.columns), block.partners
-        near = partners.of(similarity, torch.inf)
+        # Far as D = 1 - S, which miners compare.
+        distance, middle = self.distance.matrix(block.anchors, block.columns), 1 - self.lam
         with torch.no_grad():
-            empty = empty_logit(similarity.dtype)
-            far = similarity.masked_fill(~block.negative, empty)
-            hardest_positive, hardest_negative = near.amin(dim=1, keepdim=True), far.amax(dim=1, keepdim=True)
-            whole = (hardest_positive < torch.inf) & (hardest_negative > empty)
-            positive, dropped = partners.taken & whole, ~whole
-            if self.epsilon is not None:
-                positive &= near < hardest_negative + self.epsilon
-                dropped = dropped | (far <= hardest_positive - self.epsilon)
-            push, scale = exponentials_(far.sub_(self.lam).mul_(self.beta).masked_fill_(dropped, empty))
-        pull = (self.alpha * (self.lam - near)).masked_fill(~positive, empty).logsumexp(dim=1)
+            empty = empty_logit(distance.dtype)
+            block = self.chosen(block, distance)
+            slope = torch.add(distance.new_tensor(self.beta * middle), distance, alpha=-self.beta)
+            push, scale = exponentials_(slope.masked_fill_(~block.negative, empty))
+            # A miner leaves both kinds or none.
+            whole = block.partners.taken.any(dim=1) & (push > empty / 2)
+            push, scale = push.where(whole, empty), scale.where(whole, 0)
+        positive = block.partners.taken & whole[:, None]
+        near = block.partners.of(distance, 0.0)
+        pull = (self.alpha * (near - middle)).masked_fill(~positive, empty).logsumexp(dim=1)
         # log(1 + e^x) of a log-sum-exp adds 1 to the sum.
-        push = with_slope(similarity, push, far, scale * self.beta)
+        push = with_slope(distance, push, slope, scale * -self.beta)
         losses = F.softplus(pull) / self.alpha + F.softplus(push) / self.beta
         return Terms(losses, torch.ones_like(losses, dtype=torch.long), (losses > 0).long())

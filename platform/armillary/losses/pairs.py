@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from armillary.losses.blocks import Block
+from armillary.losses.similarities import Distance, root
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
-from armillary.losses.tuples import REDUCTIONS, Terms, TupleLoss, euclidean, reduce_terms, root
+from armillary.losses.tuples import REDUCTIONS, Terms, TupleLoss, reduce_terms
 
 
 def similar_loss(square: Tensor) -> Tensor:
@@ -41,6 +42,9 @@ class Contrastive(TupleLoss):
             dissimilar ones nearer than the margin; ``sum`` (the paper's); ``none``: each sample's sum, ``(batch,)``,
             which sees every pair from both ends.
         gather: see the other workers' samples.
+        similarity: what D is: ``euclidean``, ``cosine`` or ``dot``; see :class:`~armillary.losses.tuples.TupleLoss`.
+        mining: which pairs count, ``all`` in the paper, or as of :class:`~armillary.losses.tuples.TupleLoss`.
+        epsilon: slack of the miner ``multi_similarity``, a distance.
 
     Raises:
         ValueError: an unknown option, a margin that is not above 0; in ``forward`` a wrong shape.
@@ -50,15 +54,23 @@ class Contrastive(TupleLoss):
     uniform: ClassVar[bool] = False
 
     def __init__(
-        self, margin: float = 1.0, normalize: bool = False, reduction: str = "mean_all", gather: bool = True
+        self,
+        margin: float = 1.0,
+        normalize: bool = False,
+        reduction: str = "mean_all",
+        gather: bool = True,
+        similarity: str = "euclidean",
+        mining: str = "all",
+        epsilon: float = 0.1,
     ) -> None:
-        super().__init__(normalize, reduction, gather)
+        super().__init__(normalize, reduction, gather, similarity, mining, epsilon)
         _check_margin(margin)
         self.margin = margin
 
     def terms(self, block: Block) -> Terms:
         """The pairs of some anchors; similar and dissimilar ones are averaged apart."""
-        square = euclidean(block.anchors, block.columns, squared=True)
+        square = Distance(self.similarity, squared=True).matrix(block.anchors, block.columns)
+        block = self.chosen(block)
         similar = similar_loss(block.partners.of(square, 0.0))
         dissimilar = dissimilar_loss(square, self.margin).masked_fill(~block.negative, 0)
         count = torch.stack([block.partners.taken.sum(1), block.negative.sum(1)], dim=1)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from armillary.losses.blocks import Block
 from armillary.losses.global_batch import global_rows
-from armillary.losses.tensors import check_choice, check_embeddings, float32_math, not_a_number_guard
-from armillary.losses.tuples import SQUARED_FLOOR, Distance
+from armillary.losses.miners import chosen_pairs
+from armillary.losses.similarities import SQUARED_FLOOR, Distance
+from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
+from armillary.losses.tuples import check_parts
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class RangeLoss(nn.Module):
         squared: squared distances, as in the paper, or plain ones, as in the program that is mostly copied.
         formulation: ``paper`` or ``survey``, which has neither k nor weights.
         gather: see the other workers' samples.
+        similarity: ``euclidean``, or ``cosine``: D = 1 - cos, its square where ``squared``.
+        mining: which pairs can be ranges (and, in the survey's hinge, the narrowest pair): those that a miner chooses
+            from either end; ``all`` in the paper. See :func:`~armillary.losses.miners.chosen_pairs`.
+        epsilon: slack of the miner ``multi_similarity``, in the unit of D.
+        reduction: of L_intra over classes: ``sum`` (the paper's), ``mean_all`` over classes that have a range,
+            ``mean_active`` over those whose ranges are not 0. The survey's has one term.
 
     Raises:
         ValueError: an unknown option or one out of range; in ``forward`` a wrong shape.
@@ -73,8 +82,15 @@ class RangeLoss(nn.Module):
         squared: bool = True,
         formulation: str = "paper",
         gather: bool = True,
+        similarity: str = "euclidean",
+        mining: str = "all",
+        epsilon: float = 0.1,
+        reduction: str = "sum",
     ) -> None:
         super().__init__()
+        check_parts(similarity, mining, epsilon)
+        check_choice("similarity", similarity, ("euclidean", "cosine"))
+        check_choice("reduction", reduction, ("mean_active", "mean_all", "sum"))
         check_choice("formulation", formulation, ("paper", "survey"))
         if k < 1:
             raise ValueError(f"k must be at least 1, found {k}")
@@ -84,7 +100,8 @@ class RangeLoss(nn.Module):
             )
         self.k, self.margin, self.alpha, self.beta = k, margin, alpha, beta
         self.formulation, self.gather = formulation, gather
-        self.distance = Distance(squared=squared and formulation == "paper")
+        self.distance = Distance(similarity, squared and formulation == "paper")
+        self.mining, self.epsilon, self.reduction = mining, epsilon, reduction
 
     @float32_math
     def forward(self, embeddings: Tensor, labels: Tensor, *, metrics: dict[str, Tensor] | None = None) -> Tensor:
@@ -95,14 +112,16 @@ class RangeLoss(nn.Module):
         """
         check_embeddings(embeddings, labels)
         vectors, keys = global_rows(embeddings, self.gather), global_rows(labels, self.gather)
-        classes = Classes.of(keys)
+        if self.distance.of_units:
+            vectors = normalize(vectors)
+        classes, (positive, negative) = Classes.of(keys), self._chosen(vectors, keys)
         if self.formulation == "paper":
-            ranges, taken = self._ranges(vectors, classes, self.k)
+            ranges, taken = self._ranges(vectors, classes, self.k, positive)
             intra, inter = self._harmonic(ranges, taken), self._inter(vectors, classes)
             loss = self.alpha * intra + self.beta * inter
         else:
-            ranges, taken = self._ranges(vectors, classes, 1)
-            intra, inter = ranges.masked_fill(~taken, 0).max(), self._nearest(vectors, keys)
+            ranges, taken = self._ranges(vectors, classes, 1, positive)
+            intra, inter = ranges.masked_fill(~taken, 0).max(), self._nearest(vectors, negative)
             both = taken.any() & torch.isfinite(inter.detach())
             inter = inter.nan_to_num(posinf=0.0)
             loss = torch.where(both, F.relu(intra - inter + self.margin), 0)
@@ -111,7 +130,19 @@ class RangeLoss(nn.Module):
             metrics["empty"] = (loss.detach() <= 0).to(loss.dtype)
         return loss + not_a_number_guard(vectors)
 
-    def _ranges(self, vectors: Tensor, classes: Classes, k: int) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _chosen(self, vectors: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Which pairs of one class count, and which of two: symmetric ``(samples, samples)``."""
+        block = Block(vectors, vectors, keys, keys, keys, keys, slice(None), 0)
+        if self.mining == "all":
+            return block.positive, block.negative
+        block = chosen_pairs(self.mining, self.distance.matrix(vectors, vectors), block, self.epsilon)
+        partners, negative = block.partners, block.negative
+        times = torch.zeros_like(negative, dtype=torch.long)
+        positive = times.scatter_add_(1, partners.columns, partners.taken.long()) > 0
+        return positive | positive.T, negative | negative.T
+
+    def _ranges(self, vectors: Tensor, classes: Classes, k: int, positive: Tensor) -> tuple[Tensor, Tensor]:
         """The ``k`` widest pairs of each class, ``(classes, k)``, and which of them there are."""
         members, most = classes.members, classes.members.shape[1]
         left, right = torch.triu_indices(most, most, 1, device=members.device)
@@ -120,18 +151,23 @@ class RangeLoss(nn.Module):
         with torch.no_grad():
             of_class = vectors[members]
             wide = torch.cdist(of_class, of_class, compute_mode="donot_use_mm_for_euclid_dist")[:, left, right]
-            wide = wide.masked_fill(~(classes.taken[:, left] & classes.taken[:, right]), -torch.inf)
+            counts = classes.taken[:, right] & positive[members[:, left], members[:, right]]
+            wide = wide.masked_fill(~counts, -torch.inf)
             widest, pair = wide.topk(min(k, len(left)), dim=1)
         one, other = members.gather(1, left[pair]), members.gather(1, right[pair])
         return self.distance.paired(vectors[one], vectors[other]), widest > -torch.inf
 
     def _harmonic(self, ranges: Tensor, taken: Tensor) -> Tensor:
-        """The harmonic mean of each class' ranges, summed over classes."""
+        """The harmonic mean of each class' ranges, reduced over classes."""
         inverse = (1 / ranges.clamp_min(SQUARED_FLOOR)).masked_fill(~taken, 0).sum(1)
-        return (taken.sum(1) / inverse.masked_fill(inverse == 0, 1)).sum()
+        of_classes = taken.sum(1) / inverse.masked_fill(inverse == 0, 1)
+        counts = {"sum": None, "mean_all": taken.any(1), "mean_active": of_classes > SQUARED_FLOOR}[self.reduction]
+        return of_classes.sum() if counts is None else of_classes.sum() / counts.sum().clamp_min(1)
 
     def _inter(self, vectors: Tensor, classes: Classes) -> Tensor:
         centres = classes.centres(vectors)
+        if self.distance.of_units:
+            centres = normalize(centres)
         one, other = torch.triu_indices(len(centres), len(centres), 1, device=centres.device)
         if not len(one):
             return vectors.sum() * 0
@@ -139,11 +175,11 @@ class RangeLoss(nn.Module):
             nearest = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")[one, other].argmin()
         return F.relu(self.margin - self.distance.paired(centres[one[nearest]], centres[other[nearest]]))
 
-    def _nearest(self, vectors: Tensor, keys: Tensor) -> Tensor:
+    def _nearest(self, vectors: Tensor, negative: Tensor) -> Tensor:
         """The distance of the nearest two samples of different classes; infinite with one class."""
         with torch.no_grad():
-            order = Distance().matrix(vectors, vectors).masked_fill(keys[:, None] == keys[None, :], torch.inf)
+            order = Distance(squared=True).matrix(vectors, vectors).masked_fill(~negative, torch.inf)
             pair = order.argmin()
-            one, other = pair // len(keys), pair % len(keys)
+            one, other = pair // len(vectors), pair % len(vectors)
             absent = torch.where(torch.isinf(order.min()), torch.inf, 0.0)
         return self.distance.paired(vectors[one], vectors[other]) + absent

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from armillary.losses.blocks import Block
-from armillary.losses.tensors import check_choice
-from armillary.losses.tuples import MINERS, Distance, Terms, TupleLoss, all_triplets, mined_triplets
+from armillary.losses.miners import TRIPLETS
+from armillary.losses.similarities import Distance
+from armillary.losses.tuples import Terms, TupleLoss, all_triplets, mined_triplets
 
 
 class Triplet(TupleLoss):
@@ -21,19 +22,22 @@ class Triplet(TupleLoss):
     * ``semi_hard``: for every (a, p) the nearest negative farther than p, else the farthest negative;
     * ``batch_hard``: for every a its farthest positive and nearest negative (its paper uses plain distances);
     * ``hard_negative``: for every (a, p) the negative nearest to a; apt to collapse from a random start;
-    * ``all``: every triplet of the batch.
+    * ``all``: every triplet of the batch;
+    * ``multi_similarity``: every triplet of the pairs that multi-similarity's miner keeps, see
+      :func:`~armillary.losses.miners.chosen_pairs`.
 
     A batch without a triplet gives 0, and the metric ``triplets`` 0.
 
     Args:
         margin: distance by which a negative must lie farther than a positive; 0 to 4 squared, 0 to 2 plain or cosine.
-        mining: ``semi_hard``, ``batch_hard``, ``hard_negative`` or ``all``.
+        mining: ``semi_hard``, ``batch_hard``, ``hard_negative``, ``all`` or ``multi_similarity``.
         squared: squared distances, as in the paper, or plain ones.
         soft: softplus in place of the hinge; it has no margin.
         reduction: ``mean_active`` over triplets with a loss above 0, ``mean_all``, ``sum`` (the paper's), or ``none``:
             each anchor's sum, ``(batch,)``.
         gather: see the other workers' samples.
-        cosine: D = 1 - cos, squared where ``squared``, in place of Euclidean distances.
+        similarity: ``euclidean``, or ``cosine``: D = 1 - cos, squared where ``squared``.
+        epsilon: slack of ``multi_similarity``, in the unit of the margin.
 
     Raises:
         ValueError: an unknown option, a negative margin; in ``forward`` a wrong shape.
@@ -49,17 +53,17 @@ class Triplet(TupleLoss):
         soft: bool = False,
         reduction: str = "mean_active",
         gather: bool = True,
-        cosine: bool = False,
+        similarity: str = "euclidean",
+        epsilon: float = 0.1,
     ) -> None:
-        super().__init__(True, reduction, gather)
-        check_choice("mining", mining, (*MINERS, "all"))
+        super().__init__(True, reduction, gather, similarity, mining, epsilon)
         if not margin >= 0:
             raise ValueError(f"margin must be at least 0, found {margin}")
-        self.margin, self.mining, self.squared, self.soft, self.cosine = margin, mining, squared, soft, cosine
-        self.distance = Distance(squared, cosine)
+        self.margin, self.squared, self.soft = margin, squared, soft
+        self.distance = Distance(similarity, squared)
 
     def terms(self, block: Block) -> Terms:
         """The chosen triplets of some anchors."""
-        if self.mining == "all":
-            return all_triplets(self.distance, block, self.margin, self.soft)
-        return mined_triplets(self.distance, self.mining, block, self.margin, self.soft)
+        if self.mining in TRIPLETS:
+            return mined_triplets(self.distance, self.mining, block, self.margin, self.soft)
+        return all_triplets(self.distance, self.chosen(block), self.margin, self.soft)

@@ -1,13 +1,13 @@
-"""Parts of losses over pairs and tuples: distances, miners, hinges over triplets, reductions, the losses' base.
+"""Parts of losses over pairs and tuples: hinges over triplets, reductions, the losses' base.
 
-A loss is a distance or similarity, a selection of tuples, a function of each, and a reduction. The first three see a
+A loss is a distance or similarity (:mod:`armillary.losses.similarities`), a selection of tuples
+(:mod:`armillary.losses.miners`), a function of each, and a reduction: parts that combine freely. The first three see a
 :class:`~armillary.losses.blocks.Block` of this worker's anchors against all workers' samples, so that nothing of the
 size of the whole matrix is kept, let alone of anchors x columns x columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from armillary import collectives
 from armillary.losses.blocks import Block, against_batch
 from armillary.losses.global_batch import global_mean, global_sum
+from armillary.losses.miners import MINERS, TRIPLETS, chosen_pairs
+from armillary.losses.similarities import SIMILARITIES, Distance
 from armillary.losses.slopes import empty_logit, with_slope
 from armillary.losses.tensors import check_choice, check_embeddings, float32_math, normalize, not_a_number_guard
 
-# Smallest squared distance under a root: its slope is infinite at 0.
-SQUARED_FLOOR = 1e-12
 REDUCTIONS = ("mean_active", "mean_all", "sum", "none")
 
 
@@ -38,113 +38,6 @@ class Terms:
     active: Tensor
 
 
-@dataclass(frozen=True)
-class Mined:
-    """Chosen triplets of each anchor, ``(rows, most)`` each: the columns of both others, and which places are taken."""
-
-    positive: Tensor
-    negative: Tensor
-    taken: Tensor
-
-
-# Distances and similarities.
-
-
-def cosine(anchors: Tensor, columns: Tensor) -> Tensor:
-    """Inner products ``(anchors, columns)``: cosines where the rows have unit length."""
-    return anchors @ columns.T
-
-
-def euclidean(anchors: Tensor, columns: Tensor, squared: bool) -> Tensor:
-    """Distances ``(anchors, columns)`` between rows; equal rows get 0 with zero gradient.
-
-    Args:
-        anchors: ``(anchors, dim)``.
-        columns: ``(columns, dim)``.
-        squared: the square, which on the unit sphere is ``2 - 2 cos``.
-    """
-    square = torch.addmm(columns.square().sum(1)[None, :], anchors, columns.T, alpha=-2)
-    square = (square + anchors.square().sum(1)[:, None]).clamp_min(0)
-    return square if squared else root(square)
-
-
-def root(square: Tensor) -> Tensor:
-    """The root of squared distances; 0 has zero gradient."""
-    return torch.where(square > SQUARED_FLOOR, square.clamp_min(SQUARED_FLOOR).sqrt(), 0)
-
-
-@dataclass(frozen=True)
-class Distance:
-    """A distance D between vectors.
-
-    Args:
-        squared: D^2 in place of D.
-        cosine: D = 1 - cos, of unit vectors (half the squared distance), in place of D = |a - c|.
-    """
-
-    squared: bool = True
-    cosine: bool = False
-
-    def matrix(self, anchors: Tensor, columns: Tensor) -> Tensor:
-        """Of all ``anchors (rows, dim)`` from all ``columns (columns, dim)``, ``(rows, columns)``."""
-        if self.cosine:
-            away = 1 - cosine(anchors, columns)
-            return away.square() if self.squared else away
-        return euclidean(anchors, columns, self.squared)
-
-    def paired(self, left: Tensor, right: Tensor) -> Tensor:
-        """Of vectors ``(..., dim)`` from their counterparts, ``(...)``."""
-        if self.cosine:
-            away = 1 - (left * right).sum(-1)
-            return away.square() if self.squared else away
-        square = (left - right).square().sum(-1)
-        return square if self.squared else root(square)
-
-    def order(self, anchors: Tensor, columns: Tensor) -> Tensor:
-        """A matrix without gradient that sorts each anchor's columns as the distance does, in one product."""
-        with torch.no_grad():
-            lengths = columns.new_zeros(1, 1) if self.cosine else columns.square().sum(1)[None, :]
-            return torch.addmm(lengths, anchors, columns.T, alpha=-2)
-
-
-# Miners: which triplets of a block count. They compare the distances of one anchor, so that any order of them serves.
-
-
-def mine_semi_hard(order: Tensor, block: Block) -> Mined:
-    """For every pair (a, p) the nearest negative farther than p; the farthest negative where there is none.
-
-    Schroff et al. 2015 ask for a negative inside the margin; one outside it has loss 0 all the same.
-    """
-    partners = block.partners
-    key, column = order.masked_fill(~block.negative, torch.inf).sort(dim=1)
-    last = block.negative.sum(dim=1, keepdim=True) - 1
-    nearest_farther = torch.searchsorted(key, partners.of(order, 0.0), right=True)
-    place = torch.minimum(nearest_farther, last).clamp_min(0)
-    return Mined(partners.columns, column.gather(1, place), partners.taken & (last >= 0))
-
-
-def mine_batch_hard(order: Tensor, block: Block) -> Mined:
-    """One triplet an anchor: its farthest positive, its nearest negative. Hermans et al. 2017, arXiv 1703.07737."""
-    every = mine_hard_negative(order, block)
-    farthest = block.partners.of(order, -torch.inf).argmax(dim=1, keepdim=True)
-    return Mined(*(places.gather(1, farthest) for places in (every.positive, every.negative, every.taken)))
-
-
-def mine_hard_negative(order: Tensor, block: Block) -> Mined:
-    """For every pair (a, p) the negative nearest to a."""
-    partners = block.partners
-    nearest, column = order.masked_fill(~block.negative, torch.inf).min(dim=1, keepdim=True)
-    return Mined(partners.columns, column.expand_as(partners.columns), partners.taken & (nearest < torch.inf))
-
-
-Miner = Callable[[Tensor, Block], Mined]
-MINERS: dict[str, Miner] = {
-    "semi_hard": mine_semi_hard,
-    "batch_hard": mine_batch_hard,
-    "hard_negative": mine_hard_negative,
-}
-
-
 # Losses of triplets.
 
 
@@ -155,7 +48,7 @@ def hinge(difference: Tensor, margin: float, soft: bool) -> Tensor:
 
 def mined_triplets(distance: Distance, mining: str, block: Block, margin: float, soft: bool) -> Terms:
     """The losses of the triplets that a miner chooses; only the chosen ones are evaluated with gradient."""
-    mined = MINERS[mining](distance.order(block.anchors, block.columns), block)
+    mined = TRIPLETS[mining](distance.order(block.anchors, block.columns), block)
     if mined.taken.shape[1] == 1:
         near, far = (
             distance.paired(block.anchors, block.columns[columns.squeeze(1)])[:, None]
@@ -241,13 +134,26 @@ def reduce_terms(terms: Terms, reduction: str, gather: bool = True, seen: int = 
     return global_mean(terms.losses.sum(0), terms.active.sum(0), gather).sum()
 
 
+def check_parts(similarity: str, mining: str, epsilon: float) -> None:
+    """Raises ``ValueError`` for a part that does not exist."""
+    check_choice("similarity", similarity, SIMILARITIES)
+    check_choice("mining", mining, MINERS)
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon must be at least 0, found {epsilon}")
+
+
 class TupleLoss(nn.Module):
     """Base of the losses over a batch's pairs, triplets and larger tuples; a subclass defines :meth:`terms`.
 
     Args:
-        normalize: bring the embeddings to unit length first.
+        normalize: bring the embeddings to unit length first; ``cosine`` does in any case.
         reduction: ``mean_active``, ``mean_all``, ``sum`` or ``none``; see :func:`reduce_terms`.
         gather: see the other workers' samples.
+        similarity: ``euclidean``, ``cosine`` or ``dot``; see :class:`~armillary.losses.similarities.Distance`.
+        mining: ``all``, ``semi_hard``, ``batch_hard``, ``hard_negative`` or ``multi_similarity``; see
+            :func:`~armillary.losses.miners.chosen_pairs`. A miner chooses for each anchor: a pair that one of its ends
+            alone chose counts half.
+        epsilon: slack of the miner ``multi_similarity``, a difference of distances, 0 or more.
 
     Raises:
         ValueError: an unknown option; in ``forward`` a wrong shape.
@@ -259,10 +165,30 @@ class TupleLoss(nn.Module):
     # Whether the reduction weighs all anchors' losses alike, so that their gradient can be taken at once.
     uniform: ClassVar[bool] = True
 
-    def __init__(self, normalize: bool = True, reduction: str = "mean_all", gather: bool = True) -> None:
+    def __init__(
+        self,
+        normalize: bool = True,
+        reduction: str = "mean_all",
+        gather: bool = True,
+        similarity: str = "euclidean",
+        mining: str = "all",
+        epsilon: float = 0.1,
+    ) -> None:
         super().__init__()
         check_choice("reduction", reduction, REDUCTIONS)
-        self.normalize, self.reduction, self.gather = normalize, reduction, gather
+        check_parts(similarity, mining, epsilon)
+        self.distance = Distance(similarity)
+        self.normalize, self.reduction, self.gather = normalize or self.distance.of_units, reduction, gather
+        self.similarity, self.mining, self.epsilon = similarity, mining, epsilon
+
+    @torch.no_grad()
+    def chosen(self, block: Block, distance: Tensor | None = None) -> Block:
+        """The block with the pairs that the miner chooses; by its ``distance (rows, columns)``, if that is there."""
+        if self.mining == "all":
+            return block
+        if distance is None:
+            distance = self.distance.matrix(block.anchors, block.columns)
+        return chosen_pairs(self.mining, distance, block, self.epsilon)
 
     def terms(self, block: Block) -> Terms:
         """The tuples of some anchors."""

@@ -39,7 +39,7 @@ class TripletContrastive(TupleObjective):
     def build(self, context: BuildContext) -> None:
         """Makes both losses."""
         self.triplets = losses.Triplet(
-            self.hyperparameters.alpha, mining="all", squared=True, reduction="mean_all", cosine=True
+            self.hyperparameters.alpha, mining="all", squared=True, reduction="mean_all", similarity="cosine"
         )
         self.pairs = LogisticPairs(self.hyperparameters.temperature)
 

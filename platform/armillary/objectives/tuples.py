@@ -15,8 +15,21 @@ from armillary.objectives.base import Batch, BuildContext, Citation, Convergence
 from armillary.objectives.bases import ClassHeadObjective
 from armillary.objectives.registry import register
 
+Mining = Literal["all", "semi_hard", "batch_hard", "hard_negative", "multi_similarity"]
 Reduction = Literal["mean_active", "mean_all", "sum"]
+ANY = "what vectors are compared by"
+ON_SPHERE = "what unit vectors are compared by"
 IMAGES_PER_CLASS = "images of each class in a batch"
+CHOSEN = "which pairs of the batch count; all: without a miner"
+REDUCED = "mean over what has a loss, over all that counts, or the sum"
+
+
+class Parts(base.Hyperparameters):
+    """What any loss over tuples combines freely with, beside its similarity."""
+
+    mining: Mining = Field("all", description=CHOSEN)
+    epsilon: float = Field(0.1, ge=0, le=2, description="slack of the miner multi_similarity, in distances")
+    reduction: Reduction = Field("mean_all", description=REDUCED)
 
 
 class TupleObjective(Objective):
@@ -53,7 +66,7 @@ class TupleObjective(Objective):
 
 @register
 class Triplet(TupleObjective):
-    """Triplet loss: a sample lies nearer to its own class than to another, by a margin; four ways of mining.
+    """Triplet loss: a sample lies nearer to its own class than to another, by a margin; five ways of mining.
 
     Formula, mining and reductions: :class:`armillary.losses.Triplet`. A survey prints the loss of squared cosine
     distances, (1 - cos)^2: ``formulation: survey``.
@@ -70,33 +83,31 @@ class Triplet(TupleObjective):
     )
     make_loss = losses.Triplet
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(Parts):
         """Arguments of :class:`armillary.losses.Triplet`, and the K of its P x K batches."""
 
         margin: float = Field(0.2, ge=0, le=4, description="distance between unit vectors (squared if squared)")
-        mining: Literal["semi_hard", "batch_hard", "hard_negative", "all"] = Field(
-            "semi_hard", description="which triplets of the batch count"
-        )
+        mining: Mining = Field("semi_hard", description="which triplets of the batch count")
+        similarity: Literal["euclidean", "cosine"] = Field("euclidean", description=ON_SPHERE)
         squared: bool = Field(True, description="squared distances")
         soft: bool = Field(False, description="softplus without a margin in place of the hinge")
         reduction: Reduction = Field(
             "mean_active", description="over triplets with a loss, over all chosen ones, or their sum"
         )
         formulation: Literal["paper", "survey"] = Field(
-            "paper", description="Euclidean distances of unit vectors, or 1 - cos in their place"
+            "paper", description="survey: cosine distances, whatever similarity says"
         )
         samples_per_class: int = Field(4, ge=2, le=1024, description=IMAGES_PER_CLASS)
 
     def loss_options(self) -> dict[str, Any]:
-        """The survey's distance is the loss's ``cosine``."""
+        """The survey's distance is 1 - cos."""
         options = super().loss_options()
-        formulation = options.pop("formulation")
-        return {**options, "cosine": formulation == "survey"}
+        return {**options, "similarity": "cosine"} if options.pop("formulation") == "survey" else options
 
 
 @register
 class Contrastive(TupleObjective):
-    """Contrastive loss: equal labels attract, others repel inside a margin; over all pairs of the batch.
+    """Contrastive loss: equal labels attract, others repel inside a margin; over the pairs of the batch.
 
     Formula: :class:`armillary.losses.Contrastive`. Surveys print it with the labels of pairs reversed, as a mean, and
     without the halves: the same loss up to a factor.
@@ -115,10 +126,11 @@ class Contrastive(TupleObjective):
     make_loss = losses.Contrastive
     convergence = Convergence(margin=0.12, job={"objective.normalize": True, "objective.reduction": "mean_active"})
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(Parts):
         """Arguments of :class:`armillary.losses.Contrastive`, and the K of its P x K batches."""
 
         margin: float = Field(1.0, gt=0, le=100, description="distance beyond which a dissimilar pair costs nothing")
+        similarity: Literal["euclidean", "cosine", "dot"] = Field("euclidean", description=ANY)
         normalize: bool = Field(False, description="compare unit vectors")
         reduction: Reduction = Field(
             "mean_all", description="over all pairs, over similar and near dissimilar ones apart, or the paper's sum"
@@ -144,15 +156,21 @@ class LiftedStructure(TupleObjective):
     )
     make_loss = losses.LiftedStructure
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(Parts):
         """Arguments of :class:`armillary.losses.LiftedStructure`, and the K of its P x K batches."""
 
         alpha: float = Field(1.0, ge=0, le=10, description="margin, a distance")
+        similarity: Literal["euclidean", "cosine", "dot"] = Field("euclidean", description=ANY)
         normalize: bool = Field(False, description="compare unit vectors; the paper compares raw ones")
         formulation: Literal["paper", "survey"] = Field(
-            "paper", description="the paper's loss, or a survey's without attraction, hinge and mean"
+            "paper", description="the paper's loss, or a survey's without attraction and hinge, a sum in any case"
         )
         samples_per_class: int = Field(4, ge=2, le=1024, description=IMAGES_PER_CLASS)
+
+    def loss_options(self) -> dict[str, Any]:
+        """The survey's formulation is a sum."""
+        options = super().loss_options()
+        return {**options, "reduction": "sum"} if options["formulation"] == "survey" else options
 
 
 @register
@@ -174,10 +192,11 @@ class NPair(TupleObjective):
     needs = replace(TupleObjective.needs, samples_per_class=2)
     make_loss = losses.NPair
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(Parts):
         """Arguments of :class:`armillary.losses.NPair`."""
 
         l2_reg: float = Field(0.002, ge=0, le=10, description="weight of the squared norms")
+        similarity: Literal["euclidean", "cosine", "dot"] = Field("dot", description=ANY)
         symmetric: bool = Field(False, description="average with the direction from positive to anchor")
 
     @classmethod
@@ -210,13 +229,14 @@ class MultiSimilarity(TupleObjective):
     )
     make_loss = losses.MultiSimilarity
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(Parts):
         """Arguments of :class:`armillary.losses.MultiSimilarity`, and the K of its P x K batches."""
 
         alpha: float = Field(2.0, gt=0, le=1000, description="sharpness over positives")
         beta: float = Field(50.0, gt=0, le=1000, description="sharpness over negatives; 40 in the authors' code")
         lam: float = Field(0.5, ge=-1, le=1, description="cosine that both are measured from")
-        epsilon: float = Field(0.1, ge=0, le=2, description="slack of the miner, a difference of cosines; 2 keeps all")
+        mining: Mining = Field("multi_similarity", description=CHOSEN)
+        similarity: Literal["euclidean", "cosine"] = Field("cosine", description=ON_SPHERE)
         samples_per_class: int = Field(4, ge=2, le=1024, description=IMAGES_PER_CLASS)
 
 
@@ -244,7 +264,7 @@ class Circle(TupleObjective):
     make_loss = losses.Circle
     convergence = Convergence(margin=0.12, job={"objective.gamma": 64.0})
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(Parts):
         """Arguments of :class:`armillary.losses.Circle`, and the K of its P x K batches."""
 
         m: float = Field(0.25, gt=0, le=1, description="relaxation; 0.4 for fine-grained retrieval")
@@ -252,6 +272,7 @@ class Circle(TupleObjective):
         form: Literal["per_anchor", "whole_batch"] = Field(
             "per_anchor", description="one term an anchor, or one over all pairs of the batch"
         )
+        similarity: Literal["euclidean", "cosine"] = Field("cosine", description=ON_SPHERE)
         samples_per_class: int = Field(4, ge=2, le=1024, description=IMAGES_PER_CLASS)
 
 
@@ -299,7 +320,7 @@ class RangeLoss(ClassHeadObjective):
     # Raw features of classes of four images: a smaller weight than beside features of length 1.
     convergence = Convergence(margin=0.08, job={"objective.lam": 0.01, "objective.margin": 4.0})
 
-    class Hyperparameters(base.Hyperparameters):
+    class Hyperparameters(Parts):
         """Arguments of :class:`armillary.losses.RangeLoss`, its weight, and the K of P x K batches."""
 
         k: int = Field(2, ge=1, le=64, description="widest distances of each class")
@@ -307,7 +328,9 @@ class RangeLoss(ClassHeadObjective):
         alpha: float = Field(0.5, ge=0, le=10, description="weight of the distances inside classes")
         beta: float = Field(0.5, ge=0, le=10, description="weight of the distance between classes")
         lam: float = Field(1.0, ge=0, le=100, description="weight of the term beside the softmax loss")
+        similarity: Literal["euclidean", "cosine"] = Field("euclidean", description=ANY)
         squared: bool = Field(True, description="squared distances, the paper's, or plain ones")
+        reduction: Reduction = Field("sum", description="of the distances inside classes, over classes")
         formulation: Literal["paper", "survey"] = Field(
             "paper", description="the paper's two terms, or a survey's one hinge of widest against narrowest distance"
         )
