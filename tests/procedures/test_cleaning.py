@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armillary.cli.main import main
 from armillary.data.splits import prepare
-from armillary.data.store import open_dataset
+from armillary.data.store import dataset_exists, open_dataset
 from armillary.procedures.cleaning import ORIGINAL_INDEX, assign, clean_run, retrain_job
 from armillary.procedures.trained import load_trained
 from armillary.spec.errors import UserError
@@ -109,8 +109,8 @@ def test_a_noisy_dataset_is_cleaned(run_id: str) -> None:
 @pytest.mark.slow
 def test_folds_stay_when_a_class_loses_all_its_images(run_id: str) -> None:
     trained = load_trained(run_id)
-    report = clean_run(run_id, name="hardly", angle=10)
-    assert report.classes_kept < report.classes
+    report = clean_run(run_id, name="hardly", angle=50)
+    assert 2 <= report.classes_kept < report.classes
     again = prepare(retrain_job(trained.job, "hardly").data, seed=0)
     assert torch.equal(again.evaluation.label, trained.data.evaluation.label)
 
@@ -121,8 +121,11 @@ def test_the_command(run_id: str, capsys: Any) -> None:
         main(["clean", run_id, "--name", "cleaned", "--json"])
     assert not caught.value.code
     assert json.loads(capsys.readouterr().out)["dataset"] == "cleaned"
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match=r"/cleaned: dataset .cleaned. exists already"):
         clean_run(run_id, name="cleaned")
+    with pytest.raises(UserError, match=r"--angle 1: too few images are kept .* 0 of \d+, in 0 classes"):
+        clean_run(run_id, name="nothing", angle=1)
+    assert not dataset_exists("nothing")
 
 
 @pytest.mark.slow

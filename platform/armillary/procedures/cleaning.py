@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from armillary.data.copies import stored_records
+from armillary.data.layout import dataset_location
 from armillary.data.relations import SAMPLE_GRAPH
 from armillary.data.splits import EVALUATION_TABLES, FOLD_CLASSES, TRUE_LABEL
 from armillary.data.store import Dataset, dataset_exists, write_dataset
@@ -28,7 +29,7 @@ from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import apply_overrides
 
 ORIGINAL_INDEX = "original_index"
-_BLOCK = 8192
+_BLOCK, _LEAST_CLASSES = 8192, 2
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def clean_run(run_id: str, *, name: str | None = None, angle: float = 75.0) -> C
         angle: degrees, in (0, 180]; see :func:`assign`.
 
     Raises:
-        UserError: no such run, no class head, labels that only the job made noisy, or the dataset exists already.
+        UserError: no such run, no class head, labels that only the job made noisy, hardly an image kept, or the dataset
+            exists already.
     """
     trained = load_trained(run_id)
     if trained.job.data.label_noise:
@@ -128,10 +130,18 @@ def clean_run(run_id: str, *, name: str | None = None, angle: float = 75.0) -> C
         raise UserError(problem, key="data.label_noise", hint="armillary data make identities --noise-flip 0.2")
     name = name or f"{trained.dataset.name}-clean-{trained.run.run_id[-6:]}"
     if dataset_exists(name):
-        raise UserError(f"dataset {name!r} exists already", hint="delete it or use another --name")
+        where = dataset_location(name)
+        raise UserError(f"dataset {name!r} exists already", where=where, hint="delete it or use another --name")
     train = trained.data.train
     embeddings = extract(trained.encoder, train.images, batch_size=trained.job.evaluate.batch_size)
     found = assign(embeddings, train.label, trained.class_centers(), angle)
+    left = len(train.label[found.kept].unique())
+    if left < _LEAST_CLASSES:
+        raise UserError(
+            f"too few images are kept to train on: {int(found.kept.sum())} of {len(train)}, in {left} classes",
+            where=f"--angle {angle:g}",
+            hint="a wider --angle, or a run that has been trained for longer",
+        )
     kept = np.ones(len(trained.dataset), dtype=bool)
     kept[train.index.numpy()] = found.kept.numpy()
     _write(trained.dataset, name, kept, f"cleaned by run {trained.run.run_id} at {angle:g} degrees")
@@ -142,7 +152,7 @@ def clean_run(run_id: str, *, name: str | None = None, angle: float = 75.0) -> C
         kept=int(found.kept.sum()),
         in_dominant=int(dominant.sum()),
         classes=trained.data.num_classes,
-        classes_kept=len(train.label[found.kept].unique()),
+        classes_kept=left,
         angle=angle,
         noise=_noise(trained, found.kept, dominant),
     )
