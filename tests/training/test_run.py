@@ -122,6 +122,23 @@ def test_a_finished_run_is_not_resumed(tiny_job: Any, orl: Path, crews: CrewPool
         find_resumable(record.run_id)
 
 
+def test_a_cluster_that_does_not_start_leaves_nothing(
+    tiny_job: Any, orl: Path, armillary_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ray does where its processes take over half a minute to come up."""
+    import ray
+
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nMore.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(WorkFailed, match=r"too busy .* timed out during startup\.\n"):
+        run_job(tiny_job())
+    assert not list((armillary_home / "runs").glob("*"))
+
+
 def test_a_diverging_run_fails_and_says_so(tiny_job: Any, orl: Path, ray_cluster: Any) -> None:
     with pytest.raises(WorkFailed, match=r"optimizer\.lr|training diverged"):
         run_job(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from armillary.spec.errors import UserError
+from armillary.spec.errors import UserError, WorkFailed
 from armillary.training.desk import NAMESPACE
 
 _ENVIRONMENT = {
@@ -37,6 +37,7 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
 
     Raises:
         UserError: no cluster answers at the address.
+        WorkFailed: none starts on this machine.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     # Set here, they reach the processes of a cluster started below; a running one is sent them.
@@ -66,9 +67,17 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
                 logging_level=logging.ERROR,
                 **options,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        if address == "local":  # Ray raises a bare Exception where its processes do not come up in time.
+            raise WorkFailed(
+                f"Ray did not start on this machine, which may be too busy or short of memory: {said}\n"
+                "  nothing was trained; give the same command again"
+            ) from error
+        if not isinstance(error, (ConnectionError, ValueError, RuntimeError)):
+            raise
         raise UserError(
-            f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}",
+            f"no Ray cluster answers at {address!r}: {said}",
             key="cluster.address",
             hint="start one with `ray start --head`, or leave the address out to use this machine",
         ) from None
