@@ -121,6 +121,11 @@ def test_the_command(run_id: str, capsys: Any) -> None:
         main(["clean", run_id, "--name", "cleaned", "--json"])
     assert not caught.value.code
     assert json.loads(capsys.readouterr().out)["dataset"] == "cleaned"
+    with pytest.raises(SystemExit):
+        main(["clean", run_id, "--name", "narrow", "--angle", "60"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "more than half of the images are dropped" in said
+    assert "/job.yaml data.name=narrow objective.subcenters=1" in said
     with pytest.raises(UserError, match=r"/cleaned: dataset .cleaned. exists already"):
         clean_run(run_id, name="cleaned")
     with pytest.raises(UserError, match=r"--angle 1: too few images are kept .* 0 of \d+, in 0 classes"):

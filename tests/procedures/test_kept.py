@@ -12,6 +12,7 @@ from armillary import collectives, losses
 from armillary.evaluation.figures import line_figure
 from armillary.objectives.margin_softmax import ArcFace
 from armillary.spec.errors import UserError
+from armillary.spec.home import DESCRIPTION, WEIGHTS
 from armillary.spec.jobs import StudyJob, TrainJob
 from armillary.sweeps.axis import lines, place_of
 from armillary.testing import tiny
@@ -46,7 +47,11 @@ def test_split_rows_are_put_together(classes: int) -> None:
 
 def test_a_head_is_kept_and_missed(armillary_home: Path) -> None:
     run = RunDirectory.create(RunRecord(run_id="one", name="one"), "")
-    with pytest.raises(UserError, match="no class head"):
+    with pytest.raises(UserError, match="run one has no model: it is created"):
+        load_head(run)
+    (run.path / "model" / DESCRIPTION).write_text('{"objective": "triplet"}')
+    (run.path / "model" / WEIGHTS).touch()
+    with pytest.raises(UserError, match="run one, of triplet, has no class head"):
         load_head(run)
     save_head(run.path / "model", {"loss.weight": torch.ones(3, 2)})
     assert torch.equal(load_head(run)["loss.weight"], torch.ones(3, 2))

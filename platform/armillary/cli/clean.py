@@ -47,10 +47,13 @@ def clean(
     shown: dict[str, Any] = asdict(report)
     if not as_json:
         _print(report)
+    if report.kept < report.images / 2:
+        print_note("more than half of the images are dropped: train the run for longer, or take a wider --angle")
     if retrain:
         shown |= _retrain(retrain_job(job, report.dataset), directory.record().metrics, as_json)
     elif not as_json:
-        print_note(f"train on it: data.name={report.dataset}")
+        one = " objective.subcenters=1" if job.objective.name == "subcenter_arcface" else ""
+        print_note(f"train on it: armillary run {directory.path / 'job.yaml'} data.name={report.dataset}{one}")
     if as_json:
         print_json(shown)
 

@@ -79,8 +79,8 @@ def load_head(run: RunDirectory) -> dict[str, Tensor]:
     path = run.path / "model" / HEAD
     if not path.is_file():
         raise UserError(
-            f"run {run.run_id} has no class head",
-            hint="it is written when a run of an objective with one ends; `armillary objectives list` names them",
+            f"run {run.run_id}, of {describe(run)['objective']}, has no class head",
+            hint="`armillary objectives list` names those that need one; it is kept when such a run ends",
         )
     return load_file(path)
 
