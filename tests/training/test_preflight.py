@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from armillary.data.views.geometry import output_size
 from armillary.objectives import registry
 from armillary.spec.errors import UserError
-from armillary.training.preflight import check_capacity, plan
+from armillary.spec.jobs import TrainJob
+from armillary.spec.loading import load_job
+from armillary.training.preflight import check_capacity, plan, with_backbone
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"objective__name": "arcfase"}, "objective.name", "'arcface'"),
@@ -72,11 +75,13 @@ def test_local_crops_and_an_encoder_for_one_size(tiny_job: Any, orl: Path, monke
     monkeypatch.setattr(simclr, "needs", replace(simclr.needs, views=6))
     job = tiny_job(views__name="multicrop_small", objective__name="simclr", objective__margin=None)
     job = job.model_copy(update={"objective": job.objective.model_validate({"name": "simclr"})})
-    with pytest.raises(UserError, match=r"the views are 28 x 24 and 14 x 12 px, and small_convnet takes one size only"):
+    with pytest.raises(UserError, match=r"the views are 28 x 24 and 16 x 12 px, and small_convnet takes one size only"):
         plan(job)
     mean = job.model_copy(update={"backbone": job.backbone.model_validate({"name": "small_convnet", "pool": "mean"})})
     plan(mean)
     vit = job.model_copy(update={"backbone": job.backbone.model_validate({"name": "small_vit", "patch": 4})})
+    plan(vit)  # half of 28 x 24 px, to multiples of 4
+    vit = vit.model_copy(update={"views": job.views.model_validate({"name": "multicrop_small", "local_size": 14})})
     with pytest.raises(UserError, match=r"views.local_size: patches of 4 x 4 px do not divide images of 14 x 12 px"):
         plan(vit)
 
@@ -85,6 +90,32 @@ def test_a_recipe_of_other_views_than_asked_for(tiny_job: Any, orl: Path) -> Non
     job = tiny_job(views__name="multicrop_small", backbone__pool="mean")
     with pytest.raises(UserError, match=r"views.name: the recipe multicrop_small makes 6 views, arcface compares 1"):
         plan(job)
+
+
+@pytest.mark.parametrize(
+    ("objective", "network"),
+    [
+        ("simclr", "small_convnet"),
+        ("mae", "small_vit"),
+        ("simcse", "text_transformer"),
+        ("graphcl", "gin"),
+        ("simgcl", "lightgcn"),
+    ],
+)
+def test_a_network_that_fits_the_objective(objective: str, network: str) -> None:
+    job = TrainJob.model_validate({"data": {"name": "digits"}, "objective": {"name": objective}})
+    auto = job.model_copy(update={"backbone": job.backbone.model_validate({"name": "auto", "embedding_dim": 32})})
+    assert with_backbone(auto).backbone.model_dump() == {**auto.backbone.model_dump(), "name": network}
+    assert with_backbone(job) is job
+
+
+def test_the_pretraining_recipe_takes_methods_on_patches_by_name() -> None:
+    for objective in ("mae", "maskfeat", "ibot", "dinov2"):
+        job = load_job("recipes/pretrain", [f"objective.name={objective}"])
+        assert isinstance(job, TrainJob)
+        ready = plan(job)
+        assert ready.job.backbone.name == "small_vit"
+        assert output_size(ready.views.recipe(ready.needs.views - 1), 32, 32) in ((32, 32), (12, 12))
 
 
 def test_the_sum_that_does_not_fit(tiny_job: Any) -> None:

@@ -30,14 +30,8 @@ def without_labels() -> list[str]:
 def pretrain(name: str) -> TrainJob:
     fields = registry.get(name).Hyperparameters.model_fields
     small = {key: value for key, value in SMALL.items() if key in fields and key not in ("cell", "patches")}
-    if name == "maskfeat":
-        small["cell"] = 4
     overrides = [f"objective.name={name}", "train.batch_size=8", "train.epochs=1"]
     overrides += [f"objective.{key}={json.dumps(value)}" for key, value in small.items()]
-    needs = registry.get(name).needs
-    if needs.encoder == "tokens":
-        overrides += ["backbone.name=small_vit", "backbone.patch=4"]
-        overrides += ["views.local_size=0.5"] if needs.recipe.startswith("multicrop") else []
     job = load_job("recipes/pretrain", overrides)
     assert isinstance(job, TrainJob)
     return job

@@ -156,8 +156,8 @@ class Convergence:
     """How the conformance suite shows that an objective learns: a short training on small data, on one core.
 
     The trained encoder must beat the untrained one, on people or images it has not seen, by ``margin`` in ``metric``;
-    where ``falls`` is given, that must be lower in the last epoch than in the first that has it, and embeddings must
-    not have collapsed.
+    where ``falls`` is given, and for every method on images without labels, that must be lower in the last epoch than
+    in the first that has it, and embeddings must not have collapsed.
 
     Args:
         dataset: an embedded dataset.
@@ -167,7 +167,7 @@ class Convergence:
         job: dotted overrides of the small preset, e.g. ``{"train.epochs": 12, "objective.temperature": 0.5}``.
         reason: why the margin is small, or the metric or what falls another.
         falls: ``loss``, or a metric of the objective where its loss need not fall, as one whose targets move. Empty:
-            nothing is asked.
+            the loss of a method on images without labels; nothing is asked of others.
     """
 
     dataset: str = "identities_small"

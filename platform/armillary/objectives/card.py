@@ -29,11 +29,9 @@ RECIPES: dict[str, str] = {
 }
 # What a method needs of its family's recipe beside its name.
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "maskfeat": ("objective.cell=4",),
     # Its comparison that trusts poor images less.
     "qmagface": ("evaluate.protocols=[verification,quality_verification]",),
     "siamese_pose": ("data.name=identities_small", "data.split=identity", "evaluate.protocols=[verification]"),
-    **dict.fromkeys(["ibot", "dinov2", "dinov3_gram", "pq"], ("views.local_size=0.5",)),
 }
 # A graph's term on images, and a graph of users and items.
 _RECIPE_OF = {"con2r": "retrieval", "simgcl": "recommendation"}
@@ -98,8 +96,7 @@ def recipe(cls: type[Objective]) -> str | None:
 
 def overrides(cls: type[Objective]) -> tuple[str, ...]:
     """What its recipe must be told beside ``objective.name``, as dotted overrides."""
-    transformer = ("backbone.name=small_vit",) if cls.needs.encoder == "tokens" else ()
-    return transformer + _OPTIONS.get(cls.name, ())
+    return _OPTIONS.get(cls.name, ())
 
 
 def needs_in_words(needs: Needs) -> str:

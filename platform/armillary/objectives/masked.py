@@ -200,7 +200,9 @@ class MaskFeat(MaskedObjective):
 
         mask_ratio: float = Field(0.4, ge=0.05, le=0.95, description="share of patches that are hidden, in blocks")
         bins: int = Field(9, ge=2, le=36, description="orientations")
-        cell: int = Field(8, ge=1, le=32, description="side of a cell in pixels; divides the encoder's patches")
+        cell: int | None = Field(
+            None, ge=1, le=32, description="side of a cell in pixels, divides patches; null: half a patch, as the paper"
+        )
         gaussian_window: int = Field(16, ge=0, le=64, description="side of the window of weights; 0 for none")
         formulation: Literal["paper", "survey"] = Field("paper", description="survey: gradients scaled before counting")
 
@@ -212,13 +214,14 @@ class MaskFeat(MaskedObjective):
         """
         super().build(context)
         options = self.hyperparameters
-        if any(side % options.cell for side in self.patch_size):
+        self.cell = options.cell or max(1, min(self.patch_size) // 2)
+        if any(side % self.cell for side in self.patch_size):
             raise UserError(
-                f"cells of {options.cell} px do not divide patches of {' x '.join(map(str, self.patch_size))} px",
+                f"cells of {self.cell} px do not divide patches of {' x '.join(map(str, self.patch_size))} px",
                 key="objective.cell",
                 allowed="a divisor of the encoder's patch",
             )
-        self.cells = (self.patch_size[0] // options.cell, self.patch_size[1] // options.cell)
+        self.cells = (self.patch_size[0] // self.cell, self.patch_size[1] // self.cell)
         out_features = self.cells[0] * self.cells[1] * options.bins * context.in_channels
         self.head = nn.Linear(token_encoder(self.encoder).token_dim, out_features)
         self.loss = MaskedPatches(patches="hidden" if options.formulation == "paper" else "summed")
@@ -239,5 +242,5 @@ class MaskFeat(MaskedObjective):
         """Every patch's histograms, ``(batch, T, channels * bins * cells)``."""
         options = self.hyperparameters
         kind: Literal["sobel", "scaled"] = "sobel" if options.formulation == "paper" else "scaled"
-        found = hog(images, bins=options.bins, cell=options.cell, window=options.gaussian_window, kind=kind)
+        found = hog(images, bins=options.bins, cell=self.cell, window=options.gaussian_window, kind=kind)
         return hog_of_patches(found, self.cells)

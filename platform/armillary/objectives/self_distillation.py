@@ -226,7 +226,7 @@ class SimSiam(ProjectedViewsObjective):
         )
         self.predictor = make_predictor(options.predictor, width, options.predictor_hidden)
         self.loss = losses.SimSiam(options.target_gradient, options.prediction_gradient)
-        self.collapse = CollapseMonitor()
+        self.collapse = CollapseMonitor(centred=True)
 
     def forward(self, batch: Batch) -> Output:
         """Both views as question and as answer."""

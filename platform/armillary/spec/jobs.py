@@ -88,7 +88,8 @@ class BackboneSpec(OpenSection):
 
     name: str = Field(
         "small_convnet",
-        description="small_convnet, small_vit, pixels, timm/<model>; text_transformer, word_vectors, gin",
+        description="small_convnet, small_vit, pixels, timm/<model>; text_transformer, word_vectors, gin; auto: a "
+        "small one that fits the objective",
     )
     embedding_dim: int = Field(128, ge=2, le=65536, description="width of the embedding")
     tail: tuple[Annotated[int, Field(ge=2, le=65536)], ...] = Field(

@@ -17,6 +17,7 @@ from armillary.sweeps.axis import place_of
 from armillary.sweeps.matrix import run_matrix
 from armillary.training.api import OnReport, Submission
 from armillary.training.crew import CrewPool
+from armillary.training.preflight import with_backbone
 from armillary.training.rundir import RunRecord, all_runs, claimed, write_atomically
 
 REPORT = "report.html"
@@ -44,7 +45,8 @@ def expand(job: StudyJob) -> list[tuple[str, TrainJob]]:
     """
     runs = []
     for variant in job.variants:
-        changed = apply_overrides(job.base, variant.set)
+        # As the runs' own jobs say it, by whose digest finished ones are found again.
+        changed = with_backbone(apply_overrides(job.base, variant.set))
         seeds = job.seeds[:1] if changed.backbone.name == "pixels" else job.seeds
         for fold in job.folds:
             for seed in seeds:

@@ -12,6 +12,7 @@ from ray import tune
 from armillary.spec.loading import apply_overrides
 from armillary.training.api import OnReport
 from armillary.training.desk import TrialHandle
+from armillary.training.preflight import with_backbone
 from armillary.training.records import create_run
 from armillary.training.rundir import write_atomically
 
@@ -60,7 +61,7 @@ class CrewTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         # Tune writes nested keys with slashes; the space's own keys have dots and stay whole.
-        job = apply_overrides(self.fixed["base"], config)
+        job = with_backbone(apply_overrides(self.fixed["base"], config))
         run = create_run(job, self.fixed["fingerprint"], group=self.fixed["group"])
         write_atomically(run.path / "trial.json", json.dumps(config))
         self.epoch = 0

@@ -21,6 +21,7 @@ import torch
 from armillary.components import collapse
 from armillary.evaluation import suite
 from armillary.evaluation.extract import extract
+from armillary.losses.tensors import normalize
 from armillary.objectives import Objective, registry
 from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import apply_overrides, parse_override
@@ -38,6 +39,8 @@ PRESET: dict[str, Any] = {
 # Seconds of one core that a short training should take at most. No test measures it, as it depends on the machine.
 LIMIT = 12.0
 TOKEN_BACKBONE: dict[str, Any] = {"name": "small_vit", "embedding_dim": 64}
+# Closer to their mean than this, embeddings of unit length have a mean cosine above 0.9999.
+_LEAST_HELD_OUT = 0.01
 # What takes no images.
 BACKBONES: dict[str, dict[str, Any]] = {
     "text": {"name": "text_transformer", "embedding_dim": 64, "width": 32, "depth": 1},
@@ -97,7 +100,7 @@ def converge(cls: type[Objective], changes: Mapping[str, Any] | None = None) -> 
     before, start = judge(objective, ready), time.process_time()
     epochs = fit(objective, ready)
     seconds = time.process_time() - start
-    name = cls.convergence.falls or "loss"
+    name = falling(cls) or "loss"
     falls = [epoch[name] for epoch in epochs if name in epoch]
     collapsed = collapse.verdict(epochs[-1], prefix="") or collapsed_on_held_out(objective, ready)
     return Learned(before, judge(objective, ready), falls[0], falls[-1], collapsed, seconds)
@@ -110,16 +113,30 @@ def judge(objective: Objective, ready: Plan) -> float:
     return suite.metrics_of(results)[objective.convergence.metric]
 
 
-def collapsed_on_held_out(objective: Objective, ready: Plan) -> str | None:
-    """Why the exported encoder's embeddings of the held-out images count as collapsed; ``None`` where they do not.
+def falling(cls: type[Objective]) -> str:
+    """What must fall over the short training: what the objective says, or the loss of a method without labels."""
+    without_labels = cls.needs.modality == "image" and "label" not in cls.needs.fields
+    return cls.convergence.falls or ("loss" if without_labels else "")
 
-    Not every objective watches its embeddings, and one that does sees the student in training, not what is kept.
+
+@torch.no_grad()
+def collapsed_on_held_out(objective: Objective, ready: Plan) -> str | None:
+    """Why the exported encoder's embeddings of the held-out images count as one point or one line.
+
+    For methods that watch nothing themselves, too. Unlike their monitors this leaves aside what all embeddings have in
+    common: methods on patches compare no embeddings, and a common part grows that nearest neighbours do not mind.
     """
     if objective.needs.modality not in ("image", "image_text"):
         return None
-    monitor = collapse.CollapseMonitor()
-    monitor.update(extract(objective.exported(), ready.data.evaluation.images))
-    return collapse.verdict({name: float(value) for name, value in monitor.metrics().items()}, prefix="")
+    rows = normalize(extract(objective.exported(), ready.data.evaluation.images).double())
+    centred = rows - rows.mean(dim=0)
+    spread = float(centred.square().sum(dim=1).mean().sqrt())
+    rank, dim = float(collapse.effective_rank(centred.T @ centred)), rows.shape[1]
+    if spread < _LEAST_HELD_OUT:
+        return f"held-out images have nearly one embedding: they stand {spread:.3g} from their mean, of 1"
+    if rank < 1 + 0.01 * (dim - 1):
+        return f"held-out embeddings lie on a line: their effective rank is {rank:.3g} of {dim}"
+    return None
 
 
 def fit(objective: Objective, ready: Plan) -> list[dict[str, float]]:
@@ -160,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wish = cls.convergence
         for seed in range(options.seeds):
             learned = converge(cls, {**changes, "seed": seed})
-            fallen = f"{wish.falls or 'loss'} {learned.first:.3f} to {learned.last:.3f}"
+            fallen = f"{falling(cls) or 'loss'} {learned.first:.3f} to {learned.last:.3f}"
             below = " BELOW" if learned.gain < wish.margin else ""
             late = f" OVER {LIMIT:g} s" if learned.seconds > LIMIT else ""
             sys.stdout.write(

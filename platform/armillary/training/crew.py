@@ -98,7 +98,7 @@ class CrewPool:
         load = remembering_prepare()
         plans = [plan(item.job, prepared=load) for item in submissions]
         runs = [
-            create_run(item.job, ready.data.fingerprint, group=item.group, variant=item.variant)
+            create_run(ready.job, ready.data.fingerprint, group=item.group, variant=item.variant)
             for ready, item in zip(plans, submissions, strict=True)
         ]
         for ready in plans:

@@ -16,7 +16,7 @@ from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import dump_job, load_job
 from armillary.training.api import OnReport
 from armillary.training.loop import execute
-from armillary.training.preflight import Plan, check_capacity, plan
+from armillary.training.preflight import Plan, check_capacity, plan, with_backbone
 from armillary.training.records import create_run
 from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
 from armillary.training.session import ray_session
@@ -50,6 +50,7 @@ def run_job(
         UserError: the job cannot run; nothing was started.
         WorkFailed: training broke off; what was checkpointed is kept.
     """
+    job = with_backbone(job)
     if resume:
         check_same_model(job, resume)
     ready = plan(job)

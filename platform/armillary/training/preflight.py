@@ -118,7 +118,7 @@ def plan(
         UserError: the first thing that is wrong, with its key and what would be right.
     """
     with located(job):
-        needs = needs_of(job)
+        needs, job = needs_of(job), with_backbone(job)
         recipe = needs.recipe if job.views.name == "auto" else job.views.name
         fixed = needs.recipe_options if recipe == needs.recipe else {}
         views = make_views(recipe, {**fixed, **job.views.options})
@@ -154,6 +154,23 @@ def needs_of(job: TrainJob) -> Needs:
     objective = registry.get(job.objective.name, key="objective.name")
     needs = objective.needs_for(registry.hyperparameters(job.objective.name, job.objective.options))
     return needs_with_terms(needs, choose_terms(job.objective.terms), job.objective.name)
+
+
+# What ``backbone.name: auto`` stands for, where images are not what an objective is given.
+_AUTO = {"text": "text_transformer", "graph": "gin", "interactions": "lightgcn"}
+
+
+def with_backbone(job: TrainJob) -> TrainJob:
+    """The job with the small network that fits its objective, where its backbone is ``auto``; otherwise the job itself.
+
+    ``small_vit`` where patch tokens are needed, ``small_convnet`` for other images.
+    """
+    if job.backbone.name != "auto":
+        return job
+    needs = needs_of(job)
+    images = "small_vit" if needs.encoder == "tokens" else "small_convnet"
+    chosen = job.backbone.model_copy(update={"name": _AUTO.get(needs.modality, images)})
+    return job.model_copy(update={"backbone": chosen})
 
 
 # Protocols that judge one modality only.
