@@ -209,14 +209,16 @@ def test_broadface_waits() -> None:
     assert len(objective.queue) == 12
 
 
-def test_qgface_contrasts_from_its_epoch() -> None:
+def test_qgface_contrasts_after_a_share_of_training() -> None:
     """Both views are queued from the start; the contrast comes later, and reads the queue."""
-    objective, batch = make(QGFaceObjective, start_epoch=1, queue_size=20)
+    objective, batch = make(QGFaceObjective, start_share=0.25, queue_size=20)
     assert "contrast" not in objective(batch).metrics
     step(objective, batch, 1)
     kept = batch.label.repeat_interleave(2)[-20:]
     assert objective.queue.column("label").sort().values.tolist() == kept.sort().values.tolist()
-    objective.epoch = 1
+    objective.step = 4
+    assert "contrast" not in objective(batch).metrics
+    objective.step = 5  # of 20
     output = objective(batch)
     assert float(output.metrics["poor_share"]) == 1
     with torch.no_grad():

@@ -103,8 +103,9 @@ class QGFaceObjective(ClassHeadObjective):
     """QGFace: clear images train the classifier, poor ones are contrasted with a queue; the feature's length decides.
 
     Formula: :class:`armillary.losses.queued.QGFace`. Both views' embeddings are queued raw, where the authors' code
-    queues unit ones; only their direction is compared. Threshold, weight and queue size are not the authors', whose
-    configurations are not public. ``formulation: survey`` weighs two losses by a given quality Q instead, ``mean_i
+    queues unit ones; only their direction is compared. The contrast joins after ``start_share`` of training, the authors'
+    after the learning rate's first fall. Threshold, weight and queue size are not theirs: their configurations are not
+    public. ``formulation: survey`` weighs two losses by a given quality Q instead, ``mean_i
     (1 - Q_i) contrast_i + Q_i arcface_i``, the contrast (InfoNCE of the two views) against the batch.
     """
 
@@ -131,7 +132,7 @@ class QGFaceObjective(ClassHeadObjective):
     }
     convergence = Convergence(
         margin=0.1,
-        job={"objective.scale": 16, "objective.margin": 0.2, "objective.start_epoch": 3, "objective.norm_rate": 0.1},
+        job={"objective.scale": 16, "objective.margin": 0.2, "objective.start_share": 0.25, "objective.norm_rate": 0.1},
         reason="images judged poor do not train the classifier; three seeds gained 0.16 to 0.22",
     )
 
@@ -144,7 +145,7 @@ class QGFaceObjective(ClassHeadObjective):
         threshold: float = Field(0.5, gt=0, lt=1, description="tau, quality under which an image is poor")
         weight: float = Field(1.0, ge=0, le=100, description="w, weight of the contrast")
         queue_size: int = Field(8192, ge=1, le=10**6, description="past embeddings, two an image")
-        start_epoch: int = Field(12, ge=0, le=1000, description="epoch from which on poor images are contrasted")
+        start_share: float = Field(0.5, ge=0, le=1, description="share of training before poor images are contrasted")
         norm_rate: float = Field(0.01, gt=0, le=1, description="share of the batch in the statistics of lengths")
         formulation: Literal["paper", "survey"] = Field("paper", description="survey: given quality weighs two losses")
 
@@ -161,6 +162,7 @@ class QGFaceObjective(ClassHeadObjective):
         """Makes head and queue."""
         options, size = self.hyperparameters, (context.num_classes, context.embedding_dim)
         self.dim = context.embedding_dim
+        self.contrast_from = round(options.start_share * context.epochs * context.steps_per_epoch)
         if options.formulation == "survey":
             self.loss: Any = ArcFace(*size, options.margin, options.scale, reduction="none")
             return
@@ -176,7 +178,7 @@ class QGFaceObjective(ClassHeadObjective):
         view1, view2 = both.chunk(2)
         if options.formulation == "survey":
             return self._weighed(view1, view2, batch, metrics)
-        weight = options.weight if self.epoch >= options.start_epoch else 0.0
+        weight = options.weight if self.step >= self.contrast_from else 0.0
         past = past_of(self.queue, self.dim)
         loss = self.loss(view1, view2, batch.label, metrics=metrics, past=past, weight=weight)
         if self.training:
