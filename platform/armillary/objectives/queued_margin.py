@@ -103,10 +103,10 @@ class QGFaceObjective(ClassHeadObjective):
     """QGFace: clear images train the classifier, poor ones are contrasted with a queue; the feature's length decides.
 
     Formula: :class:`armillary.losses.queued.QGFace`. Both views' embeddings are queued raw, where the authors' code
-    queues unit ones; only their direction is compared. The contrast joins after ``start_share`` of training, the authors'
+    queues unit ones; only their direction is compared. The contrast joins after ``start_share`` of training, theirs
     after the learning rate's first fall. Threshold, weight and queue size are not theirs: their configurations are not
-    public. ``formulation: survey`` weighs two losses by a given quality Q instead, ``mean_i
-    (1 - Q_i) contrast_i + Q_i arcface_i``, the contrast (InfoNCE of the two views) against the batch.
+    public. ``formulation: survey`` weighs two losses by a given quality Q instead, ``mean_i (1 - Q_i) contrast_i + Q_i
+    arcface_i``, the contrast (InfoNCE of the two views) against the batch.
     """
 
     name = "qgface"
