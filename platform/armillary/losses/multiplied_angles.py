@@ -94,6 +94,9 @@ class LSoftmax(_AnnealedMargin):
         L = mean_i -log( exp(f_y) / (exp(f_y) + sum_{j != y} exp(W_j . x_i)) )
         f_y = |W_y| |x_i| (lambda cos_iy + psi(theta_iy)) / (1 + lambda)
 
+    The annealing's defaults bring lambda to its floor after 6,538 steps: in a run of hundreds this is hardly more than
+    softmax unless ``annealing_start`` is smaller or ``annealing_speed`` larger. The metric ``plain_weight`` is lambda.
+
     ``formulation: survey`` normalises both norms away, ``f_y = s psi``, others ``s cos_ij``, and does not anneal.
 
     Args:
@@ -173,6 +176,8 @@ class SphereFace(_AnnealedMargin):
     the place of |x_i|, as later work does with m of 1.5 to 1.7. ``formulation: survey`` is ``f_y = s cos(m theta)``,
     whose logit rises again beyond pi / m, without annealing. At right angles, where untrained features are, it is
     largest with m = 4 and has no slope with any even m, so that nothing is learned; m = 1.5 trains.
+
+    The annealing's defaults bring lambda, the metric ``plain_weight``, to its floor after 1,659 steps.
 
     Args:
         num_classes: C.
