@@ -132,6 +132,17 @@ def test_more_channels_than_samples() -> None:
     assert float(BarlowTwins(eps=0)(view1, view2)) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_base_of_more_channels_than_samples() -> None:
+    """By its definition, with the covariance as wide as the channels; eight samples, thirty-three channels."""
+    for shrink in (1e-4, 0.3):
+        loss = AlignWithBase(shrink=shrink)
+        standardised = loss.standardised(noise(8, 33)[0])
+        sigma = (1 - shrink) * standardised.T @ standardised / 7 + (shrink + 1e-5) * torch.eye(33, dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(sigma)
+        expected = standardised @ (vectors / values.sqrt()) @ vectors.T
+        torch.testing.assert_close(loss.base(standardised), expected, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("loss", [VICReg(), BarlowTwins()], ids=["vicreg", "barlow"])
 def test_wide_gradients(loss: torch.nn.Module) -> None:
     def apart(view1: Tensor, view2: Tensor) -> Tensor:
@@ -144,7 +155,7 @@ def test_wide_gradients(loss: torch.nn.Module) -> None:
 
 def step_of_part(name: str) -> tuple[float, Tensor]:
     """The loss and the gradient of this worker's part of 8 samples with 33 channels."""
-    loss = {"vicreg": VICReg, "barlow": BarlowTwins}[name]()
+    loss = {"vicreg": VICReg, "barlow": BarlowTwins, "arb": AlignWithBase}[name]()
     share = 8 // collectives.world_size()
     mine = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
     view1, view2 = (view[mine].clone().requires_grad_() for view in noise(8, 33))
@@ -156,7 +167,7 @@ def step_of_part(name: str) -> tuple[float, Tensor]:
 
 
 @pytest.mark.xdist_group("gloo")
-@pytest.mark.parametrize("name", ["vicreg", "barlow"])
+@pytest.mark.parametrize("name", ["vicreg", "barlow", "arb"])
 def test_wide_views_over_two_workers(name: str) -> None:
     (first, upper), (second, lower) = shared_pool().run(step_of_part, name)
     value, gradient = step_of_part(name)

@@ -224,16 +224,30 @@ class AlignWithBase(_TwoViews):
 
     def base(self, standardised: Tensor) -> Tensor:
         """B: the nearest orthonormal base of each group of channels, ``(batch, dim)``."""
-        n, width = self.batch_size(standardised), standardised.shape[1] // self.groups
-        blocks = []
-        for block in standardised.split(width, dim=1):
-            sigma = self.second_moment(block, block).double() / max(n - 1, 1)
-            sigma = (1 - self.shrink) * sigma + self.shrink * torch.eye(width, dtype=sigma.dtype, device=sigma.device)
-            # A decomposition refuses NaN; the block itself carries it on to the loss.
-            values, vectors = torch.linalg.eigh(sigma.nan_to_num())
-            root = (values.clamp_min(0) + self._eps(self.EIGENVALUE_EPS)).rsqrt()
-            blocks.append(block @ ((vectors * root) @ vectors.T).to(block.dtype))
-        return torch.cat(blocks, dim=1)
+        width = standardised.shape[1] // self.groups
+        # Of fewer samples than channels Sigma's other directions meet no sample; without regularisation they are 0 / 0.
+        turned = self.batch_size(standardised) < width and self.shrink > 0
+        make = self._base_by_samples if turned else self._base_by_channels
+        return torch.cat([make(block) for block in standardised.split(width, dim=1)], dim=1)
+
+    def _base_by_channels(self, block: Tensor) -> Tensor:
+        root = self._inverse_root(self.second_moment(block, block).double() / max(self.batch_size(block) - 1, 1))
+        return block @ root.to(block.dtype)
+
+    def _base_by_samples(self, block: Tensor) -> Tensor:
+        """The same: ``f(Z Z^T) Z = Z f(Z^T Z)``, and a decomposition as small as the batch."""
+        rows = self.rows(block)
+        root = self._inverse_root((rows @ rows.T).double() / max(len(rows) - 1, 1))
+        start = collectives.rank() * len(block) if self.gather else 0
+        return root[start : start + len(block)].to(block.dtype) @ rows
+
+    def _inverse_root(self, moment: Tensor) -> Tensor:
+        """``((1 - shrink) moment + shrink I)^(-1/2)``."""
+        # A decomposition refuses NaN; what it is multiplied with carries it on to the loss.
+        values, vectors = torch.linalg.eigh(moment.nan_to_num())
+        values = (1 - self.shrink) * values.clamp_min(0) + self.shrink
+        inverse: Tensor = (vectors * (values + self._eps(self.EIGENVALUE_EPS)).rsqrt()) @ vectors.T
+        return inverse
 
     def _eps(self, value: float) -> float:
         return value if self.shrink else 0.0
