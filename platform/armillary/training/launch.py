@@ -16,6 +16,7 @@ from armillary.spec.jobs import TrainJob
 from armillary.spec.loading import dump_job, load_job
 from armillary.training.api import OnReport
 from armillary.training.loop import execute
+from armillary.training.model import load_tokenizer
 from armillary.training.preflight import Plan, check_capacity, plan, with_backbone
 from armillary.training.records import create_run
 from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
@@ -176,11 +177,14 @@ def _work(config: dict[str, Any]) -> None:
         train.report(dict(metrics), checkpoint=checkpoint, checkpoint_dir_name=name)
         return "continue"
 
-    def load_plan() -> Plan:
-        return plan(job, prepared=remembering_prepare(lambda: config["pixels"]), capacity=_ENOUGH)
-
     stored = train.get_checkpoint()
     run = RunDirectory(Path(config["run"]))
+
+    def load_plan() -> Plan:
+        load = remembering_prepare(lambda: config["pixels"])
+        # What checkpoints learned of are the tokens of the tokenizer that the run began with.
+        return plan(job, prepared=load, capacity=_ENOUGH, tokenizer=load_tokenizer(run) if stored else "")
+
     if stored is None:
         execute(load_plan, run, report)
         return

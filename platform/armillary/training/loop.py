@@ -70,6 +70,9 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
         FloatingPointError: the loss is no longer finite; the last checkpoint is kept.
     """
     job = plan.job
+    if collectives.rank() == 0 and plan.data.tokenizer:
+        # Before the first checkpoint, so that a resumed run reads the same tokens.
+        write_atomically(run.path / "model" / TOKENIZER, plan.data.tokenizer)
     if job.train.epochs == 0:
         torch.manual_seed(job.seed)
         return Outcome(_conclude(plan, run, plan.build().exported()), stopped=False)
@@ -291,8 +294,6 @@ def _conclude(plan: Plan, run: RunDirectory, encoder: nn.Module) -> dict[str, fl
     if collectives.rank() == 0:
         images = plan.data.train.images
         save_encoder(run.path / "model", encoder, plan.job, images.shape[1], (images.shape[2], images.shape[3]))
-        if plan.data.tokenizer:
-            write_atomically(run.path / "model" / TOKENIZER, plan.data.tokenizer)
         suite.save_curves(results, run.path / "evaluation")
         write_atomically(run.path / "evaluation" / "metrics.json", json.dumps(metrics, indent=2))
     return metrics

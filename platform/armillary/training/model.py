@@ -127,7 +127,7 @@ def load_encoder(run: RunDirectory) -> nn.Module:
 
 
 def load_tokenizer(run: RunDirectory) -> str:
-    """The tokenizer of a finished run, as JSON of the ``tokenizers`` library; empty where it read no text."""
+    """The tokenizer of a run that has started, as JSON of the ``tokenizers`` library; empty where it reads no text."""
     path = run.path / "model" / TOKENIZER
     return path.read_text() if path.is_file() else ""
 

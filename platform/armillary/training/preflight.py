@@ -105,7 +105,11 @@ class Plan:
 
 
 def plan(
-    job: TrainJob, *, prepared: Callable[..., PreparedData] = prepare, capacity: Mapping[str, float] | None = None
+    job: TrainJob,
+    *,
+    prepared: Callable[..., PreparedData] = prepare,
+    capacity: Mapping[str, float] | None = None,
+    tokenizer: str = "",
 ) -> Plan:
     """Checks a job as a whole and finds its parts.
 
@@ -113,6 +117,7 @@ def plan(
         job: what the user wrote.
         prepared: how data is loaded; a crew passes one that remembers.
         capacity: resources of the cluster (``CPU``, ``GPU``); the local machine's when ``None``.
+        tokenizer: that of a run that goes on; by default one is trained.
 
     Raises:
         UserError: the first thing that is wrong, with its key and what would be right.
@@ -133,7 +138,7 @@ def plan(
         check_modality_of_protocols(job.evaluate.protocols, needs, job.objective.name)
         _check_training(job, needs)
         check_capacity(job, capacity or local_capacity())
-        data = as_inputs(prepared(job.data, seed=job.seed), needs, job.data)
+        data = as_inputs(prepared(job.data, seed=job.seed), needs, job.data, tokenizer)
         ready = Plan(job, data, views, needs)
         if job.train.init_from:
             check_initial(job, data.train.images.shape[1], (data.train.images.shape[2], data.train.images.shape[3]))
