@@ -105,7 +105,8 @@ def _train(job: TrainJob, resume: Any, as_json: bool) -> None:
 
     def started(run: Any) -> None:
         known.append(run.run_id)
-        print_note(f"run {run.run_id}: {job.objective.name} on {job.data.name}, {job.train.epochs} epochs")
+        epochs = f"{job.train.epochs} epoch{'s' * (job.train.epochs != 1)}"
+        print_note(f"run {run.run_id}: {job.objective.name} on {job.data.name}, {epochs}")
 
     try:
         with progress(job.name, [job]) as bar:
