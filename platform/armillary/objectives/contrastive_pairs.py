@@ -146,7 +146,7 @@ class NCEObjective(ProjectedViewsObjective):
         "https://jmlr.org/papers/v13/gutmann12a.html",
     )
     needs = Needs(views=2, recipe="simclr", components=("projector", "queue"))
-    convergence = Convergence(job={**_SMALL, "objective.queue_size": 512, "objective.temperature": 0.2})
+    convergence = Convergence(job={**_SMALL, "objective.queue_size": 64, "objective.temperature": 0.2})
 
     class Hyperparameters(ProjectionHyperparameters):
         """Noise, temperature, normaliser, shape of the projector."""
@@ -266,7 +266,7 @@ class MoCHi(MoCoV2):
             "objective.hardest": 64,
             "objective.pairs": 32,
             "objective.query_pairs": 8,
-            "objective.warmup_epochs": 3,
+            "objective.warmup_epochs": 0,
             "views.blur": 0.0,
         }
     )

@@ -45,7 +45,7 @@ class SwAV(Objective):
     waivers: ClassVar[Mapping[str, str]] = {"gradcheck": "codes are targets: no gradient passes through Sinkhorn"}
     convergence = Convergence(
         margin=0.01,
-        reason="codes are nearly even for the first few hundred steps",
+        reason="a few hundred steps",
         job={
             "views.name": "multicrop_small",
             "views.local_crops": 2,
@@ -55,6 +55,9 @@ class SwAV(Objective):
             "objective.projection_dim": 64,
             "objective.projection_hidden": 256,
             "objective.frozen_steps": 20,
+            # At the paper's 0.05 codes stay nearly even over so few steps.
+            "objective.epsilon": 0.02,
+            "optimizer.lr": 1e-2,
         },
     )
 
