@@ -106,7 +106,7 @@ class BYOL(Exports, ProjectedViewsObjective):
     projector_last_norm = False
     convergence = Convergence(
         margin=0.02,
-        reason="a few hundred steps; three seeds gained 0.050, 0.085 and -0.020, the last from the best untrained encoder",
+        reason="a few hundred steps; three seeds gained 0.050, 0.085 and -0.020, the last from the best start",
         job={
             "objective.momentum": 0.9,
             "objective.projection_hidden": 256,

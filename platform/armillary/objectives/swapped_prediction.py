@@ -44,8 +44,8 @@ class SwAV(Objective):
     needs = Needs(views=8, recipe="multicrop", components=("projector", "prototypes", "queue"), batch_coupled=True)
     waivers: ClassVar[Mapping[str, str]] = {"gradcheck": "codes are targets: no gradient passes through Sinkhorn"}
     convergence = Convergence(
-        margin=0.01,
-        reason="a few hundred steps",
+        margin=0.015,
+        reason="a few hundred steps; three seeds gained 0.02 to 0.05",
         job={
             "views.name": "multicrop_small",
             "views.local_crops": 2,
