@@ -1,11 +1,11 @@
 """A whole SimCLR step beside lightly's: two views of each image from uint8, ResNet-18, projector, loss, gradient, SGD.
 
 ``OMP_NUM_THREADS=2 python bench/simclr_step.py [repetitions]``: 256 images of 32 x 32 px, two threads, in float32 (the
-goal) and under bfloat16 autocast (``train.precision: bf16``). Both train timm's ResNet-18 with SimCLR's augmentation for
-ImageNet and NT-Xent at 0.5; lightly's views, projection head and loss are its own, on Pillow images in this process, as
-its data sets yield them without workers: worker processes would take the cores that the network is timed on. The network
-alone, the same on both sides, is nine tenths of our step in float32, which bounds the ratio. Ways take turns; each one's
-best time counts.
+goal) and under bfloat16 autocast (``train.precision: bf16``). Both train timm's ResNet-18 with SimCLR's augmentation
+for ImageNet and NT-Xent at 0.5; lightly's views, projection head and loss are its own, on Pillow images in this
+process, as its data sets yield them without workers: worker processes would take the cores that the network is timed
+on. The network alone, the same on both sides, is nine tenths of our step in float32, which bounds the ratio. Ways take
+turns; each one's best time counts.
 """
 
 from __future__ import annotations
