@@ -107,6 +107,18 @@ def test_a_study_goes_on_as_it_was_begun(study_job: StudyJob, capsys: pytest.Cap
     assert "a study goes on as it was begun" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    "changes", [{"metrics": ("verification/auc", "knn/top1")}, {"against": ("train/loss", "knn/top1")}]
+)
+def test_metrics_that_no_run_measures_are_refused_before_any_trains(
+    study_job: StudyJob, changes: dict[str, object]
+) -> None:
+    with pytest.raises(UserError, match="no run measures 'knn/top1'") as caught:
+        run_study(study_job.model_copy(update=changes))
+    assert caught.value.key == next(iter(changes))
+    assert unfinished_studies() == []
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_a_study_that_cannot_run_leaves_nothing(study_job: StudyJob, crews: CrewPool) -> None:

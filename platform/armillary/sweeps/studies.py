@@ -144,6 +144,11 @@ def _check(job: StudyJob) -> None:
     if job.axis is not None:
         for variant in job.variants:
             place_of(job, variant)
+    measured = {"train", *(protocol for _, run in expand(job) for protocol in run.evaluate.protocols)}
+    for key, chosen in (("metrics", job.metrics), ("against", job.against or ())):
+        for metric in chosen:
+            if metric.split("/")[0] not in measured:
+                raise UserError(f"no run measures {metric!r}", key=key, allowed=f"{', '.join(sorted(measured))}/...")
 
 
 def _finished(study_id: str) -> dict[tuple[str, str], RunRecord]:
