@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from armillary.components.collapse import CollapseMonitor
 from armillary.objectives import Batch, BuildContext, Citation, Hyperparameters, Needs, Objective, Output
 from armillary.spec.jobs import TrainJob
 from armillary.testing.gloo_pool import GlooPool
-from armillary.training import loop
+from armillary.testing.logged import train_logged
 from armillary.training.preflight import Plan, plan
-from armillary.training.records import create_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("gloo")]
 
@@ -56,17 +54,12 @@ class Healthy(Collapsing):
 
 def train(job: Any, kind: type[Plan], home: str) -> tuple[Any, list[str]]:
     """The record and what was logged, in a process group of one."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    loop.logger.addHandler(handler)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ARMILLARY_HOME", home)
+
+    def load_plan() -> Plan:
         ready = plan(job)
-        chosen = kind(ready.job, ready.data, ready.views, ready.needs)
-        record = loop.execute(lambda: chosen, create_run(job, "none"), lambda *_: "continue")
-    loop.logger.removeHandler(handler)
-    return record, messages
+        return kind(ready.job, ready.data, ready.views, ready.needs)
+
+    return train_logged(load_plan, job, home)
 
 
 def test_a_collapsed_run_is_marked(tiny_job: Any, orl: Path, armillary_home: Path) -> None:

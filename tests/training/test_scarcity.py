@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import pytest
 from armillary.objectives import registry
 from armillary.spec.jobs import TrainJob
 from armillary.testing.gloo_pool import GlooPool
-from armillary.training import loop
+from armillary.testing.logged import train_logged
 from armillary.training.preflight import plan
-from armillary.training.records import create_run
 from armillary.training.scarcity import mostly_empty
 
 
@@ -50,15 +48,7 @@ def test_the_first_such_epoch_is_named() -> None:
 
 
 def train(job: Any, home: str) -> tuple[Any, list[str]]:
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    loop.logger.addHandler(handler)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ARMILLARY_HOME", home)
-        record = loop.execute(lambda: plan(job), create_run(job, "none"), lambda *_: "continue")
-    loop.logger.removeHandler(handler)
-    return record, messages
+    return train_logged(lambda: plan(job), job, home)
 
 
 @pytest.mark.slow

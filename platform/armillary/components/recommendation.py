@@ -111,7 +111,7 @@ class LightGCN(nn.Module):
         neighbour = self.neighbour[: len(source)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            # Compressed rows multiply five times as fast as coordinates do.
+            # The graph is kept as compressed rows, and torch multiplies those faster than coordinates.
             adjacency: Tensor = torch.sparse_csr_tensor(
                 self.start,
                 neighbour,

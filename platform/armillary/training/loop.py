@@ -32,7 +32,7 @@ from armillary.training.engine import Engine
 from armillary.training.model import TOKENIZER, save_encoder, save_head, save_projector
 from armillary.training.preflight import Plan
 from armillary.training.rundir import RunDirectory, RunRecord, write_atomically
-from armillary.training.scarcity import mostly_empty
+from armillary.training.scarcity import is_scarce, mostly_empty
 from armillary.training.schedules import learning_rate
 from armillary.training.shards import read_meta, write_meta
 
@@ -88,7 +88,7 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
         first = _resume(engine, resume_from, plan) if resume_from else 0
         # A run killed after its last epoch has only the evaluation left; its training metrics stand in the events.
         metrics: dict[str, float] = next((event["metrics"] for event in run.events() if event["step"] == first), {})
-        stopped = False
+        stopped = scarce = False
         for epoch in range(first, job.train.epochs):
             metrics = _train_epoch(engine, batches, plan, epoch)
             last = epoch + 1 == job.train.epochs
@@ -98,9 +98,9 @@ def train_run(plan: Plan, run: RunDirectory, report: Report, resume_from: Path |
             with _checkpoint(engine, plan, epoch + 1) if due else _nothing() as folder:
                 if collectives.rank() == 0:
                     run.append_event(epoch + 1, metrics)
-                    found = _scarce(plan, run)
-                    if found and found[0] == epoch + 1:
-                        logger.warning("run %s: %s", run.run_id, found[1])
+                    if is_scarce(metrics) and not scarce:
+                        scarce = True
+                        _tell_scarce(plan, run, epoch + 1)
                 stopped = report(epoch + 1, metrics, folder) == "stop"
             if stopped:
                 break
@@ -160,6 +160,13 @@ def _warnings(plan: Plan, run: RunDirectory, metrics: Mapping[str, float]) -> li
 def _scarce(plan: Plan, run: RunDirectory) -> tuple[int, str] | None:
     spec = plan.job.objective
     return mostly_empty(plan.job, registry.hyperparameters(spec.name, spec.options), run.events())
+
+
+def _tell_scarce(plan: Plan, run: RunDirectory, epoch: int) -> None:
+    """Logs it in the first such epoch; a run that goes on has said it before."""
+    found = _scarce(plan, run)
+    if found and found[0] == epoch:
+        logger.warning("run %s: %s", run.run_id, found[1])
 
 
 def worker_device() -> torch.device:

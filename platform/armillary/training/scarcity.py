@@ -16,6 +16,11 @@ EMPTY, ACTIVE = "train/empty", "train/active_share"
 _MOST = 0.5
 
 
+def is_scarce(metrics: Mapping[str, float]) -> bool:
+    """Whether most batches of an epoch with these metrics were empty."""
+    return metrics.get(EMPTY, 0.0) > _MOST
+
+
 def mostly_empty(job: TrainJob, options: Any, events: Iterable[Mapping[str, Any]]) -> tuple[int, str] | None:
     """The first epoch with mostly empty batches, and a sentence that says so and what to do; ``None`` without one.
 
@@ -24,15 +29,11 @@ def mostly_empty(job: TrainJob, options: Any, events: Iterable[Mapping[str, Any]
         options: the objective's hyperparameters; what is advised depends on what it has.
         events: epochs in order: ``step`` counts them from 1, ``metrics`` are theirs.
     """
-    empty, active = dict[int, float](), dict[int, float | None]()
-    for event in events:
-        if EMPTY in event["metrics"]:
-            empty[event["step"]] = event["metrics"][EMPTY]
-            active[event["step"]] = event["metrics"].get(ACTIVE)
-    first = next((epoch for epoch, share in empty.items() if share > _MOST), None)
+    seen = {event["step"]: event["metrics"] for event in events if EMPTY in event["metrics"]}
+    first = next((epoch for epoch, metrics in seen.items() if is_scarce(metrics)), None)
     if first is None:
         return None
-    share = active[first]
+    share = seen[first].get(ACTIVE)
     of_all = "" if share is None else f" ({100 * share:.2g}% of all its tuples were active)"
     advice = ["a larger train.batch_size"]
     if hasattr(options, "samples_per_class"):
@@ -42,7 +43,7 @@ def mostly_empty(job: TrainJob, options: Any, events: Iterable[Mapping[str, Any]
     if hasattr(options, "mining"):
         advice.append(f"another objective.mining than {options.mining}")
     sentence = (
-        f"{job.objective.name}: {100 * empty[first]:.0f}% of the batches of epoch {first} had nothing to learn "
+        f"{job.objective.name}: {100 * seen[first][EMPTY]:.0f}% of the batches of epoch {first} had nothing to learn "
         f"from{of_all}; try {' or '.join(advice)}"
     )
     late = "; or the classes are told apart by now, and nothing is left to learn" if first > 1 else ""
